@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# TORCH_INDEX=<url> adds a package index, for a CPU or a CUDA build of torch that the default index does not have.
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+
+.PHONY: help demo test test-all lint bench wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_INDEX) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_INDEX) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: $(STAMP)  ## what CI runs: one sample of every promise, under 20 minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP)  ## everything, the sweeps and matrices included
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check platform jobs serving tests benchmarks
+	$(BIN)/ruff format --check platform jobs serving tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheel: $(STAMP)  ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove what the build made (not the store)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

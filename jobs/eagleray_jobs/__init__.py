@@ -1,0 +1,1 @@
+"""Whatever runs to an end: data preparation, training, evaluation, prediction, jobs."""

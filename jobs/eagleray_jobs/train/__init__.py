@@ -1,0 +1,1 @@
+"""Training: driver, worker, loop, step, state, schedule, metrics."""

@@ -1,0 +1,1 @@
+"""The one file: schema, loader, layouts."""

@@ -1,0 +1,356 @@
+"""The one file: a strict, frozen pydantic tree.
+
+Training keys carry the names of Hugging Face `TrainingArguments` where the meaning is equal, parallel keys
+TorchTitan's, the words under `resources` and `serve` Ray's. This module imports neither ray, torch nor
+transformers, so that a file is validated in well under a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,127}"
+IMPORT_PATH_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+BUILTIN_TASKS = ("translation", "text-classification", "image-classification")
+BUILTIN_SOURCES = ("cldr-en-fr", "cldr-langid", "digits")
+
+Degree = PositiveInt | Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of the file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    type: Literal["bpe"] = Field("bpe", description="Kind of tokenizer that is trained from the training rows.")
+    vocab_size: int = Field(2000, ge=64, le=1_000_000, description="Number of tokens, the special ones included.")
+    lowercase: bool = Field(False, description="Whether the text is lower-cased before it is tokenised.")
+
+
+class ModelConfig(Section):
+    """The model: one of `family`, `pretrained` and `factory`."""
+
+    family: Literal["marian", "bert", "vit"] | None = Field(
+        None, description="Architecture that is built from scratch."
+    )
+    pretrained: str | None = Field(
+        None,
+        min_length=1,
+        description="Hugging Face checkpoint to start from: a directory or a hub id; safetensors only.",
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub checkpoint.")
+    factory: str | None = Field(
+        None,
+        pattern=f"^{IMPORT_PATH_PATTERN}$",
+        description="Import path `package.module:build` of a function that returns your torch.nn.Module.",
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Configuration of the family (its keys are checked), or arguments of the factory.",
+    )
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="How text becomes tokens.")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="Shell patterns of parameter names that are not trained, for example `model.encoder.*`.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [key for key in ("family", "pretrained", "factory") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise ValueError(f"set exactly one of family, pretrained and factory; found {found}")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("revision belongs to pretrained")
+        return self
+
+
+class ParallelText(Section):
+    """Plain text files whose line n is the translation of the other's line n."""
+
+    source: str | list[str] = Field(description="Files of the source language: path, glob or store URI.")
+    target: str | list[str] = Field(description="Files of the target language, in the same order.")
+
+
+Files = str | list[str] | ParallelText
+
+
+class DataConfig(Section):
+    """Where the examples come from and how they are split and cut."""
+
+    source: Literal["cldr-en-fr", "cldr-langid", "digits"] | None = Field(
+        None, description="A bundled source that needs no network."
+    )
+    train: Files | None = Field(
+        None,
+        description="Training files: paths, globs or store URIs of .jsonl, .csv, .tsv or .parquet; "
+        "or `{source: ..., target: ...}` of plain parallel text.",
+    )
+    validation: Files | None = Field(None, description="Validation files; else `validation_split`.")
+    test: Files | None = Field(None, description="Test files; else `test_split`.")
+    validation_split: float = Field(
+        0.05, ge=0, lt=1, description="Share of the keys held out for validation where no file is given."
+    )
+    test_split: float = Field(
+        0.05, ge=0, lt=1, description="Share of the keys held out for the test where no file is given."
+    )
+    split_key: str | None = Field(
+        None, description="Column whose equal values stay in one split; default: the input."
+    )
+    languages: list[str] | None = Field(
+        None, min_length=2, description="Languages of `cldr-langid`, as CLDR codes; default: its own list."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Your column for each of the task's: source, target; text, label; image, label.",
+    )
+    source_lang: str = Field("en", description="Language of the input of a translation.")
+    target_lang: str = Field("fr", description="Language of the output of a translation.")
+    labels: list[str] | None = Field(
+        None,
+        min_length=2,
+        description="Class names in the order of their numbers; default: found in the data.",
+    )
+    max_source_length: PositiveInt = Field(128, description="Longest input, in tokens; longer ones are cut.")
+    max_target_length: PositiveInt = Field(128, description="Longest target, in tokens; longer ones are cut.")
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="A row that cannot be used stops the preparation, or is skipped and counted."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.source is None) == (self.train is None):
+            found = "both" if self.source is not None else "neither"
+            raise ValueError(f"set either source or train (files); found {found}")
+        if self.validation_split + self.test_split >= 1:
+            raise ValueError(
+                f"validation_split {self.validation_split} + test_split {self.test_split} leave nothing to train"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """How the model is trained. No key here depends on the number of workers."""
+
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps of the whole run.")
+    num_train_epochs: PositiveFloat | None = Field(None, description="Epochs of the run, instead of max_steps.")
+    global_batch_size: PositiveInt = Field(
+        64, description="Examples per optimizer step, over all workers and accumulation steps."
+    )
+    per_device_train_batch_size: PositiveInt | None = Field(
+        None, description="Most examples in one forward pass of one worker; the rest is accumulated."
+    )
+    per_device_eval_batch_size: PositiveInt = Field(64, description="Examples in one evaluation batch.")
+    optim: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer.")
+    learning_rate: NonNegativeFloat = Field(5e-5, description="Peak learning rate.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Decoupled decay of matrices; norms and biases have none."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's term for numerical stability.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "inverse_sqrt"] = Field(
+        "linear", description="Shape of the learning rate after the warm-up."
+    )
+    warmup_steps: NonNegativeFloat = Field(
+        0.0, description="Steps of linear warm-up; a share of all steps when below 1."
+    )
+    learning_rate_scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="How learning_rate grows with global_batch_size / learning_rate_reference_batch_size.",
+    )
+    learning_rate_reference_batch_size: PositiveInt | None = Field(
+        None, description="The global batch size that learning_rate was tuned for."
+    )
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="Gradients are clipped to this norm; null: never."
+    )
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="Label smoothing.")
+    bf16: bool = Field(False, description="bfloat16 autocast over float32 weights.")
+    fp16: bool = Field(False, description="float16 autocast with loss scaling; GPUs only.")
+    torch_compile: bool = Field(False, description="Compile the model with torch.compile.")
+    group_by_length: bool = Field(
+        False,
+        description="Put examples of similar length into one batch; the order stays exact and resumable.",
+    )
+    logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between two evaluations; null: only at the end."
+    )
+    save_steps: PositiveInt | None = Field(
+        None, description="Steps between two checkpoints; null: only at the end."
+    )
+    save_total_limit: PositiveInt | None = Field(
+        None, description="Newest checkpoints that are kept besides the best and the aliased ones; null: all."
+    )
+    metric_for_best_model: str | None = Field(
+        None, description="Score of the evaluation that `best` goes by; default: the task's own."
+    )
+    greater_is_better: bool | None = Field(None, description="Direction of metric_for_best_model.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Evaluations without improvement after which the run ends."
+    )
+    early_stopping_threshold: NonNegativeFloat = Field(0.0, description="Smallest change that is an improvement.")
+    max_eval_examples: PositiveInt | None = Field(
+        None, description="Validation examples per evaluation during training; null: all."
+    )
+    stop_at_step: PositiveInt | None = Field(
+        None, description="Commit and stop at this step; the schedule still aims at max_steps."
+    )
+    max_failures: NonNegativeInt = Field(
+        3, description="Restarts of the workers after failures before the run fails."
+    )
+    init_from: str | None = Field(None, description="Reference of a version whose weights the run starts from.")
+    seed: NonNegativeInt = Field(0, le=2**63 - 1, description="Seed of weights, order and dropout.")
+    report_to: list[Literal["tensorboard"]] = Field(
+        default_factory=list, description="Further places that metrics go to."
+    )
+    ddp_timeout: PositiveFloat = Field(60.0, description="Seconds after which a collective without answer fails.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("set exactly one of max_steps and num_train_epochs")
+        if self.bf16 and self.fp16:
+            raise ValueError("set at most one of bf16 and fp16")
+        if self.learning_rate_scaling != "none" and self.learning_rate_reference_batch_size is None:
+            raise ValueError("learning_rate_scaling needs learning_rate_reference_batch_size")
+        if (self.per_device_train_batch_size or 1) > self.global_batch_size:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} is larger than "
+                f"global_batch_size {self.global_batch_size}"
+            )
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError("early_stopping_patience needs eval_steps")
+        return self
+
+
+def _degree(long: str, short: str, description: str) -> Any:
+    return Field(1, description=description, validation_alias=AliasChoices(long, short))
+
+
+class ParallelConfig(Section):
+    """How many ways the work is cut; the product is the number of workers."""
+
+    data_parallel_replicate_degree: Degree = _degree(
+        "data_parallel_replicate_degree", "dp_replicate_size", "Replicas of the model (DDP)."
+    )
+    data_parallel_shard_degree: Degree = _degree(
+        "data_parallel_shard_degree", "dp_shard_size", "Shards of parameters and optimizer state (FSDP)."
+    )
+    tensor_parallel_degree: Degree = _degree("tensor_parallel_degree", "tp_size", "Cuts of each layer.")
+    pipeline_parallel_degree: Degree = _degree("pipeline_parallel_degree", "pp_size", "Stages of layers.")
+
+
+class ResourcesConfig(Section):
+    """What the workers ask of the cluster."""
+
+    use_gpu: bool | Literal["auto"] = Field("auto", description="One GPU per worker; auto: where there are any.")
+    num_workers: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Workers; auto: the product of the degrees under `parallel`."
+    )
+    resources_per_worker: dict[str, NonNegativeFloat] = Field(
+        default_factory=lambda: {"CPU": 1.0},
+        description="Ray resources of one worker, for example `{CPU: 2}`.",
+    )
+    wait_s: NonNegativeFloat | None = Field(
+        None,
+        description="Seconds to wait for missing resources on a joined cluster; default: 600 where an autoscaler "
+        "runs, else 0.",
+    )
+
+
+class AutoscalingConfig(Section):
+    """Ray Serve's autoscaling words."""
+
+    min_replicas: NonNegativeInt = Field(1, description="Fewest replicas; 0 lets an idle model go away.")
+    max_replicas: PositiveInt = Field(4, description="Most replicas.")
+    initial_replicas: NonNegativeInt | None = Field(None, description="Replicas at the start.")
+    target_ongoing_requests: PositiveFloat = Field(8.0, description="Requests in work per replica to aim at.")
+    upscale_delay_s: NonNegativeFloat = Field(2.0, description="Seconds of overload before a replica is added.")
+    downscale_delay_s: NonNegativeFloat = Field(60.0, description="Seconds of idleness before one is removed.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ReplicaOptions(Section):
+    """Ray resources of one replica."""
+
+    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs of one replica.")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of one replica.")
+
+
+class ServeConfig(Section):
+    """How the model is served."""
+
+    ref: str | None = Field(None, description="What is served: @best, @latest, @production, @step-100, ...")
+    num_replicas: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Replicas of the model; auto: autoscaling_config decides."
+    )
+    autoscaling_config: AutoscalingConfig = Field(
+        default_factory=AutoscalingConfig, description="Bounds and pace of autoscaling (num_replicas: auto)."
+    )
+    ray_actor_options: ReplicaOptions = Field(
+        default_factory=ReplicaOptions, description="Ray resources of one replica."
+    )
+    max_ongoing_requests: PositiveInt = Field(1000, description="Requests that one replica holds at once.")
+    max_batch_size: PositiveInt = Field(64, description="Items in one batch of the model.")
+    max_batch_tokens: PositiveInt = Field(8192, description="Tokens, padding included, in one batch of the model.")
+    max_queued_tokens: PositiveInt = Field(
+        65536, description="Tokens waiting in one replica; beyond it the answer is 429 with Retry-After."
+    )
+    max_items: PositiveInt = Field(1000, description="Items in one request.")
+    max_item_characters: PositiveInt = Field(20_000, description="Characters of one item.")
+    max_body_bytes: PositiveInt = Field(8 * 1024 * 1024, description="Bytes of one request's body.")
+    request_timeout_s: PositiveFloat = Field(
+        60.0, description="Seconds after which a request is answered 408 or 503."
+    )
+    num_beams: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Beams of a translation by default.")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Longest translation, in tokens; default: data.max_target_length."
+    )
+
+
+class RunConfig(Section):
+    """The whole file."""
+
+    name: str = Field(pattern=f"^{NAME_PATTERN}$", description="Name of the model and of its runs.")
+    task: str = Field(
+        description="translation, text-classification, image-classification, or your own `package.module:Task`.",
+        pattern=f"^({'|'.join(BUILTIN_TASKS)}|{IMPORT_PATH_PATTERN})$",
+    )
+    store: str | None = Field(
+        None,
+        description="Where checkpoints live: a local or shared directory, s3://bucket/prefix, gs://bucket/prefix.",
+    )
+    code: list[str] = Field(
+        default_factory=list,
+        description="Directories of your own packages, relative to this file; they travel along.",
+    )
+    model: ModelConfig = Field(description="The model.")
+    data: DataConfig = Field(description="The examples.")
+    train: TrainConfig | None = Field(None, description="How it is trained; a file that only serves needs none.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How the work is cut.")
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What the workers ask for.")
+    serve: ServeConfig = Field(default_factory=ServeConfig, description="How the model is served.")

@@ -1,0 +1,1 @@
+"""Inference: a checkpoint that answers; knows neither Serve nor HTTP."""

@@ -1,0 +1,1 @@
+"""The store: objects, manifests, commits, references, runs."""

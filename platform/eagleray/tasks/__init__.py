@@ -1,0 +1,1 @@
+"""Tasks: example to tensors, loss, answers, scores."""

@@ -1,0 +1,129 @@
+"""The seam between a kind of problem and everything else: example -> tensors, loss, answer, score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eagleray.config.schema import RunConfig
+
+Example = Mapping[str, Any]
+"""One row under the task's column names; may carry `kind` (scores are shown per kind) and `key` (the split)."""
+
+Features = dict[str, Any]
+"""What preparation writes for one example: lists of int, numbers, str or bytes; Arrow stores it."""
+
+Batch = dict[str, Tensor]
+"""Collated features, on the CPU; dim 0 is the example."""
+
+Answer = dict[str, Any]
+"""What a server returns for one item; JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Features of one example.
+
+    Attributes:
+        features: What the model trains on.
+        length: Tokens (or 1 for an image): what batching, sorting and admission count.
+        truncated: Whether something was cut off.
+    """
+
+    features: Features
+    length: int
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss that can be summed over micro-batches and workers.
+
+    Attributes:
+        total: Sum over the items, differentiable, shape ().
+        count: Number of items (tokens or examples) in the sum, shape (), int64.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+class Processor(ABC):
+    """What turns examples into features and back: tokenizer, labels, image size. Travels in the checkpoint."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Return the files to store, in Hugging Face's names (`tokenizer.json`, ...)."""
+
+    @classmethod
+    @abstractmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Processor:
+        """Rebuild the processor from the files of a checkpoint."""
+
+
+class Task(ABC):
+    """A kind of problem. Subclass it for your own, and name it as `task: package.module:Class`.
+
+    A task is created from the whole file and holds no weights and no data. Every method is pure, so that it
+    runs in a preparation worker, a training worker and a replica alike.
+    """
+
+    route: ClassVar[Literal["translate", "classify", "predict"]] = "predict"
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Columns that every training example must have; the first ones are the input."""
+    input_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns that an item to be answered must have."""
+    best_metric: ClassVar[tuple[str, bool]] = ("loss", False)
+    """The score that `best` goes by unless the file says otherwise, and whether greater is better."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build_processor(self, examples: Iterable[Example]) -> Processor:
+        """Make the processor from the training examples (one pass): train a tokenizer, collect the labels."""
+
+    @abstractmethod
+    def load_processor(self, files: Mapping[str, bytes]) -> Processor:
+        """Rebuild the processor from the files of a checkpoint."""
+
+    @abstractmethod
+    def encode(self, example: Example, processor: Processor, *, answer: bool = False) -> Encoded:
+        """Turn an example into features.
+
+        Args:
+            example: A row with `columns`, or with `input_columns` alone when `answer` is set.
+            processor: This task's processor.
+            answer: Encode an item to be answered: there is no target.
+
+        Raises:
+            eagleray.errors.DataError: The row cannot be used; the message says which column and value.
+        """
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Features], processor: Processor) -> Batch:
+        """Pad rows to the longest of them and stack them."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Run the model on a batch and sum its loss (label smoothing included)."""
+
+    @abstractmethod
+    def predict(
+        self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
+    ) -> list[Answer]:
+        """Answer each item of a batch, in order. `options` holds what a request may set (`num_beams`, ...)."""
+
+    @abstractmethod
+    def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+        """Compare answers with the examples they belong to; the keys are metric names."""
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

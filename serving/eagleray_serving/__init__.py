@@ -1,0 +1,1 @@
+"""Whatever stays up: model replicas, the edge application and their front."""

@@ -1,0 +1,31 @@
+"""The layout of the repository itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("folder", ["platform", "jobs", "serving", "tests", "tests/platform"])
+def test_a_source_folder_is_no_package_because_it_would_hide_the_standard_library(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    "folder, package", [("platform", "eagleray"), ("jobs", "eagleray_jobs"), ("serving", "eagleray_serving")]
+)
+def test_each_source_folder_holds_exactly_one_package(folder: str, package: str) -> None:
+    found = {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert found == {package}
+
+
+def test_every_entry_point_of_the_command_line_can_be_loaded() -> None:
+    from importlib.metadata import entry_points
+
+    verbs = entry_points(group="eagleray.commands")
+    assert {verb.name for verb in verbs} == {"platform", "jobs", "serving"}
+    for verb in verbs:
+        assert callable(verb.load())
