@@ -1,9 +1,47 @@
-"""The verbs of this package."""
+"""The verbs that need neither training nor serving: they look at files, models and the machine."""
 
 from __future__ import annotations
 
+import json as jsonlib
+from typing import Annotated
+
 import typer
+
+from eagleray.console import FilesArgument, JsonOption, Output, StoreOption, VerboseOption, reporting
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    app.command()(validate)
+
+
+def validate(
+    files: Annotated[list[str] | None, FilesArgument.__metadata__[0]] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the file, for editors, and nothing else.")
+    ] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check files and show what they resolve to."""
+    with reporting(json=json, verbose=verbose) as out:
+        if schema:
+            from eagleray.config.jsonschema import file_schema
+
+            print(jsonlib.dumps(file_schema(), indent=2))
+            return
+        _validate(out, files or [], store)
+
+
+def _validate(out: Output, arguments: list[str], store: str | None) -> None:
+    from eagleray.config.summary import summarize
+
+    loaded = out.load(arguments, store)
+    value = {
+        "files": [
+            {"path": each.path, "config": each.config.model_dump(mode="json"), "warnings": each.warnings}
+            for each in loaded
+        ]
+    }
+    out.result(value, "\n\n".join(summarize(each) for each in loaded))

@@ -1,0 +1,66 @@
+"""The conventions that every verb shares, through the command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = """\
+name: en-fr
+task: translation
+model: {family: marian}
+data: {source: cldr-en-fr}
+train: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file.yaml"
+    path.write_text(FILE)
+    return path
+
+
+def eagleray(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "eagleray.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "file.yaml"]])
+def test_a_light_verb_imports_neither_ray_nor_torch_nor_transformers(arguments: list[str], file: Path) -> None:
+    code = (
+        "import sys, eagleray.cli\n"
+        "try:\n"
+        f"    eagleray.cli.main({arguments})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        "print({'ray', 'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=file.parent
+    )
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_json_is_the_last_line_of_standard_output(file: Path) -> None:
+    done = eagleray("validate", file, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])["files"][0]["config"]["name"] == "en-fr"
+
+
+def test_an_error_is_a_message_without_a_traceback_unless_verbose(tmp_path: Path) -> None:
+    done = eagleray("validate", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory\n"
+    assert "Traceback" in eagleray("validate", tmp_path / "none.yaml", "--verbose").stderr
+
+
+def test_a_misspelt_verb_suggests_the_nearest() -> None:
+    done = eagleray("validat", "x.yaml")
+    assert done.returncode == 2
+    assert "error: No such command 'validat'. Did you mean 'validate'?" in done.stderr
