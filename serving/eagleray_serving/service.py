@@ -1,0 +1,220 @@
+"""What one model does with a request: check it, answer its items, shape the answer. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eagleray.config.schema import ServeConfig
+from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse, Route, json_response
+from eagleray_serving.catalog import ModelCard, find
+from eagleray_serving.schema import (
+    ANSWER_KEYS,
+    Request,
+    TranslateRequest,
+    WireError,
+    decode_image,
+    error_body,
+    input_kind,
+    is_single,
+    parse_request,
+    raw_items,
+)
+
+# 32 megapixels: any camera's photo, and at most 128 MB once decoded.
+MAX_IMAGE_PIXELS = 32 * 2**20
+IMAGE_FORMATS = ("PNG", "JPEG")
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """An item that could not be answered, in the place of its answer."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+Answered = Mapping[str, Any] | ItemFailure
+
+
+class Answerer(Protocol):
+    """A loaded model behind its batcher."""
+
+    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+        """Answer each item for itself, in order.
+
+        Raises:
+            WireError: 429, too much is waiting; 413, the request alone is more than the model admits.
+        """
+
+
+class ModelService:
+    """One model's routes.
+
+    Args:
+        card: The model.
+        columns: The task's input columns.
+        answerer: The loaded model.
+        limits: The file's `serve` section.
+    """
+
+    def __init__(self, card: ModelCard, columns: Sequence[str], answerer: Answerer, limits: ServeConfig) -> None:
+        self.card = card
+        self._columns = tuple(columns)
+        self._answerer = answerer
+        self._limits = limits
+
+    def application(self) -> Application:
+        """Return the ASGI application: the bare and the named route."""
+        return Application(
+            [
+                Route("POST", self.card.bare_path, self._handle),
+                Route("POST", f"{self.card.bare_path}/{{model}}", self._handle),
+            ],
+            max_body_bytes=self._limits.max_body_bytes,
+            body_timeout_s=self._limits.request_timeout_s,
+        )
+
+    async def _handle(self, http: HTTPRequest) -> HTTPResponse:
+        if "model" in http.parameters:
+            find([self.card], http.parameters["model"])
+        request = parse_request(self.card.verb, http.body, self._limits)
+        self._check_target(request)
+        items = self._items(request)
+        answers = await self._answer(items, _options(request))
+        if is_single(request) and isinstance(answers[0], ItemFailure):
+            failure = answers[0]
+            raise WireError(422, failure.code, failure.message, failure.hint)
+        return self._shape(answers)
+
+    async def _answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_s):
+                answers = await self._answerer.answer(items, options)
+        except TimeoutError:
+            raise WireError(
+                503,
+                "timeout",
+                f"the model did not answer within {self._limits.request_timeout_s:g} s",
+                "try again, with fewer items",
+                retry_after_s=1,
+            ) from None
+        assert len(answers) == len(items), f"{len(answers)} answers to {len(items)} items"
+        return answers
+
+    def _check_target(self, request: Request) -> None:
+        if request.model is not None:
+            find([self.card], request.model)
+        if input_kind(request) != self.card.inputs:
+            raise WireError(
+                422,
+                "invalid_request",
+                f"{self.card.name} answers {self.card.inputs}, not {input_kind(request)}",
+                f"send {self.card.inputs}",
+            )
+        if not isinstance(request, TranslateRequest):
+            return
+        for key in ("source", "target"):
+            wanted, has = getattr(request, key), getattr(self.card, key)
+            if wanted is not None and has is not None and wanted != has:
+                raise WireError(
+                    400,
+                    "no_such_pair",
+                    f"{self.card.name} translates {self.card.source} to {self.card.target}",
+                    f"leave {key} out, or choose another model: GET /v1/models",
+                )
+
+    def _items(self, request: Request) -> list[Mapping[str, Any]]:
+        values = raw_items(request)
+        if self.card.inputs == "images":
+            return [self._image(value, index) for index, value in enumerate(values)]
+        if self.card.inputs == "text":
+            return [{self._columns[0]: value} for value in values]
+        return [self._row(value, index) for index, value in enumerate(values)]
+
+    def _image(self, text: str, index: int) -> Mapping[str, Any]:
+        data = decode_image(text, index)
+        check_image(data, index)
+        return {self._columns[0]: data}
+
+    def _row(self, value: Any, index: int) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            if len(self._columns) == 1:
+                return {self._columns[0]: value}
+            value = {}
+        row: Mapping[str, Any] = value
+        missing = [column for column in self._columns if column not in row]
+        if missing:
+            raise WireError(
+                422,
+                "invalid_request",
+                f"inputs[{index}] lacks {', '.join(missing)}",
+                f"an input is an object with {', '.join(self._columns)}",
+            )
+        return row
+
+    def _shape(self, answers: Sequence[Answered]) -> HTTPResponse:
+        head = {"model": self.card.name, "version": self.card.version}
+        key = ANSWER_KEYS[self.card.verb]
+        plain = [_plain(answer) for answer in answers]
+        try:
+            return json_response({**head, key: plain})
+        except (ValueError, TypeError):
+            # One answer that JSON cannot carry must not take the others with it.
+            return json_response({**head, key: [_encodable(answer) for answer in plain]})
+
+
+def check_image(data: bytes, index: int) -> None:
+    """Refuse what is not a PNG or JPEG of a reasonable size, by its header alone: no pixel is decoded.
+
+    Raises:
+        WireError: 413, too many pixels; 422, no such image.
+    """
+    import warnings
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        width = height = MAX_IMAGE_PIXELS
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise WireError(
+            422, "bad_image", f"images[{index}] is not a PNG or JPEG image", "send a whole PNG or JPEG file"
+        ) from None
+    if width * height > MAX_IMAGE_PIXELS:
+        raise WireError(
+            413,
+            "image_too_large",
+            f"images[{index}] has more than {MAX_IMAGE_PIXELS} pixels",
+            "scale the image down",
+        )
+
+
+def _options(request: Request) -> dict[str, Any]:
+    if not isinstance(request, TranslateRequest):
+        return {}
+    options = {"num_beams": request.num_beams, "max_new_tokens": request.max_new_tokens}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _plain(answer: Answered) -> Any:
+    if isinstance(answer, ItemFailure):
+        return error_body(answer.code, answer.message, answer.hint)
+    return answer
+
+
+def _encodable(answer: Any) -> Any:
+    try:
+        json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError) as error:
+        return error_body("bad_answer", f"the task's answer is not JSON: {error}", "return plain JSON values")
+    return answer

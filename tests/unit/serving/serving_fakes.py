@@ -1,0 +1,84 @@
+"""Fakes of a loaded model and of a fleet, and a client that talks to an application in process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from eagleray.config.schema import ServeConfig
+from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse
+from eagleray_serving.catalog import ModelCard
+from eagleray_serving.edge import READY
+from eagleray_serving.schema import WireError
+from eagleray_serving.service import Answered, ItemFailure, ModelService
+
+EN_FR = ModelCard("en-fr", "r1-step-00001200", "translate", "text", "en", "fr")
+EN_DE = ModelCard("en-de", "r1-step-00000300", "translate", "text", "en", "de")
+LANGID = ModelCard("langid", "r2-step-00000010", "classify", "text")
+DIGITS = ModelCard("digits", "r1-step-00000010", "classify", "images")
+OWN = ModelCard("own", "r1-step-00000010", "predict", "inputs")
+
+
+class FakeAnswerer:
+    """Answers upper case; `bad` fails alone; records what it was asked."""
+
+    def __init__(self, answer: Callable[[Any], Answered] | None = None, delay_s: float = 0.0) -> None:
+        self.calls: list[tuple[list[Mapping[str, Any]], dict[str, Any]]] = []
+        self._answer = answer or self._upper
+        self._delay_s = delay_s
+
+    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+        self.calls.append((list(items), dict(options)))
+        await asyncio.sleep(self._delay_s)
+        return [self._answer(next(iter(item.values()))) for item in items]
+
+    @staticmethod
+    def _upper(value: Any) -> Answered:
+        if value == "bad":
+            return ItemFailure("bad_item", "it cannot be used", "send another")
+        return {"text": str(value).upper()}
+
+
+class OverloadedAnswerer:
+    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+        raise WireError(429, "overloaded", "too much is waiting", "try again", retry_after_s=1.2)
+
+
+class FakeFleet:
+    def __init__(self, services: Mapping[str, ModelService], states: Mapping[str, str] | None = None) -> None:
+        self._services = services
+        self._states = states
+
+    async def states(self) -> Mapping[str, str]:
+        return dict.fromkeys(self._services, READY) if self._states is None else self._states
+
+    async def hand_on(self, name: str, request: HTTPRequest) -> HTTPResponse:
+        return await self._services[name].application().respond(request)
+
+
+def service(
+    card: ModelCard, answerer: Any = None, columns: Sequence[str] = ("text",), **limits: Any
+) -> ModelService:
+    return ModelService(card, columns, answerer or FakeAnswerer(), ServeConfig(**limits))
+
+
+def call(
+    app: Application, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> httpx.Response:
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(
+                method, path, content=body, headers={"content-type": "application/json", **(headers or {})}
+            )
+
+    return asyncio.run(go())
+
+
+def is_error(response: httpx.Response) -> bool:
+    """Whether an answer has the one error shape and is small."""
+    error = response.json()["error"]
+    return set(error) == {"code", "message", "hint"} and len(response.content) < 2000
