@@ -1,0 +1,118 @@
+"""One local Ray for the whole tier, with what a real cluster has: Jobs API, HAProxy, token authentication.
+
+The cluster is a process of its own, so that the command line under test joins it by address. It ends when its
+standard input closes, that is with the test session, whichever way that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HEAD = """
+import json, sys
+import ray
+
+options = json.loads(sys.argv[1])
+quiet = {"log_to_driver": False, "configure_logging": False}
+context = ray.init(address="local", include_dashboard=True, **quiet, **options)
+print(json.dumps({"address": context.address_info["gcs_address"], "dashboard": context.dashboard_url}), flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+NUM_CPUS = 8
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running cluster.
+
+    Attributes:
+        address: For `--address` and `ray.init`.
+        dashboard: `http://host:port` of the Jobs API.
+    """
+
+    address: str
+    dashboard: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cluster_environment() -> dict[str, str]:
+    """What the head, its workers and everything that joins them have in their environment."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+    }
+
+
+@pytest.fixture(scope="session")
+def ray_environment() -> Iterator[dict[str, str]]:
+    """The environment of the tier, also set in this process for the length of the session."""
+    added = cluster_environment()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in added.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield dict(os.environ)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_environment: dict[str, str]) -> Iterator[RayCluster]:
+    """The one cluster of the tier: 8 logical CPUs, whatever the machine has."""
+    # A socket's path is limited to 107 bytes: pytest's own temporary directories are too deep.
+    with tempfile.TemporaryDirectory(prefix="er-", ignore_cleanup_errors=True) as folder:
+        options = {"num_cpus": NUM_CPUS, "dashboard_port": free_port(), "_temp_dir": folder}
+        log = Path(folder, "head.log").open("w")
+        head = subprocess.Popen(
+            [sys.executable, "-c", HEAD, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=ray_environment,
+            text=True,
+            start_new_session=True,  # Ctrl-C on the tests is not for the cluster
+        )
+        try:
+            yield _started(head, Path(log.name))
+        finally:
+            _stop(head)
+            log.close()
+
+
+def _started(head: subprocess.Popen[str], log: Path) -> RayCluster:
+    assert head.stdout is not None
+    line = head.stdout.readline()
+    if not line:
+        raise RuntimeError(f"Ray did not start:\n{log.read_text()[-4000:]}")
+    found = json.loads(line)
+    return RayCluster(found["address"], f"http://{found['dashboard']}")
+
+
+def _stop(head: subprocess.Popen[str]) -> None:
+    assert head.stdin is not None and head.stdout is not None
+    head.stdin.close()
+    try:
+        head.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        head.kill()  # its raylet and GCS die with it
+        head.wait()
+    head.stdout.close()
