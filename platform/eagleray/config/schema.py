@@ -39,7 +39,9 @@ class TokenizerConfig(Section):
     """How text becomes tokens."""
 
     type: Literal["bpe"] = Field("bpe", description="Kind of tokenizer that is trained from the training rows.")
-    vocab_size: int = Field(2000, ge=64, le=1_000_000, description="Number of tokens, the special ones included.")
+    vocab_size: int = Field(
+        2000, ge=261, le=1_000_000, description="Number of tokens; 256 bytes and up to 5 special ones among them."
+    )
     lowercase: bool = Field(False, description="Whether the text is lower-cased before it is tokenised.")
 
 

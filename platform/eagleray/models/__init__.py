@@ -1,1 +1,6 @@
 """Model families: build, initialise, restore."""
+
+from eagleray.models.build import build_model, load_weights, model_files, restore_model
+from eagleray.models.initialize import initialize, materialize
+
+__all__ = ["build_model", "initialize", "load_weights", "materialize", "model_files", "restore_model"]

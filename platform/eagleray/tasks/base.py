@@ -53,8 +53,15 @@ class Loss:
     count: Tensor
 
 
+Head = Literal["seq2seq-lm", "sequence-classification", "image-classification"]
+"""What a Hugging Face model of a task ends in."""
+
+
 class Processor(ABC):
     """What turns examples into features and back: tokenizer, labels, image size. Travels in the checkpoint."""
+
+    labels: Sequence[str] = ()
+    """Class names in the order of their numbers; empty where there are none."""
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
@@ -78,6 +85,8 @@ class Task(ABC):
     """Columns that every training example must have; the first ones are the input."""
     input_columns: ClassVar[tuple[str, ...]] = ()
     """Columns that an item to be answered must have."""
+    head: ClassVar[Head | None] = None
+    """Which Hugging Face models `model.pretrained` opens; None: the task works with `model.factory` alone."""
     best_metric: ClassVar[tuple[str, bool]] = ("loss", False)
     """The score that `best` goes by unless the file says otherwise, and whether greater is better."""
 
@@ -121,7 +130,27 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
-        """Compare answers with the examples they belong to; the keys are metric names."""
+        """Compare answers with the examples they belong to; the keys are metric names.
+
+        A score of the examples of one `kind` alone is named `<metric>/<kind>`.
+        """
+
+    def score_signatures(self) -> dict[str, str]:
+        """Return how metrics were computed where their authors ask to say so (sacrebleu), by metric name."""
+        return {}
+
+    def max_length(self, processor: Processor) -> int | None:
+        """Return the longest item that can be answered, in the unit of `Encoded.length`; None: no limit."""
+        return None
+
+    def split(self, example: Example, processor: Processor) -> list[Example]:
+        """Cut an item that is too long into items that `join` can put together again; one item: it cannot."""
+        return [example]
+
+    def join(self, example: Example, parts: Sequence[Example], answers: Sequence[Answer]) -> Answer:
+        """Put the answers to the parts of an item together."""
+        assert len(answers) == 1, "a task that splits items must join their answers"
+        return answers[0]
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -1,0 +1,127 @@
+"""A strict config class per model family, with transformers' key names and our own defaults.
+
+transformers accepts and ignores a misspelt key, and importing one of its config classes imports torch; so a file
+is checked against these classes instead. What follows from the data (vocabulary, special tokens, labels) is no
+key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from eagleray.config.schema import ModelConfig, Section
+
+Activation = Literal["gelu", "gelu_new", "relu", "silu", "swish", "tanh"]
+Dropout = float
+
+
+def _dropout(default: float, what: str) -> Any:
+    return Field(default, ge=0, lt=1, description=f"Dropout of {what}.")
+
+
+class FamilyConfig(Section):
+    """Configuration of an architecture that is built from scratch."""
+
+    task: ClassVar[str]
+    """The built-in task that the family is made for."""
+
+
+class MarianFamily(FamilyConfig):
+    """Encoder-decoder transformer with sinusoidal positions and one shared embedding (Marian NMT)."""
+
+    task: ClassVar[str] = "translation"
+
+    d_model: PositiveInt = Field(256, description="Width of the model; even, for the sinusoidal positions.")
+    encoder_layers: PositiveInt = Field(3, description="Layers of the encoder.")
+    decoder_layers: PositiveInt = Field(3, description="Layers of the decoder.")
+    encoder_attention_heads: PositiveInt = Field(4, description="Attention heads of an encoder layer.")
+    decoder_attention_heads: PositiveInt = Field(4, description="Attention heads of a decoder layer.")
+    encoder_ffn_dim: PositiveInt = Field(1024, description="Inner width of an encoder layer.")
+    decoder_ffn_dim: PositiveInt = Field(1024, description="Inner width of a decoder layer.")
+    activation_function: Activation = Field("swish", description="Activation of the feed-forward layers.")
+    dropout: Dropout = _dropout(0.1, "embeddings and of every sub-layer's output")
+    attention_dropout: Dropout = _dropout(0.0, "attention weights")
+    activation_dropout: Dropout = _dropout(0.0, "the feed-forward activations")
+    init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    scale_embedding: bool = Field(True, description="Multiply embeddings by the square root of d_model.")
+    max_position_embeddings: PositiveInt = Field(512, description="Longest input and output, in tokens.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.d_model % 2:
+            raise ValueError(f"d_model must be even, found {self.d_model}")
+        _check_heads("d_model", self.d_model, "encoder_attention_heads", self.encoder_attention_heads)
+        _check_heads("d_model", self.d_model, "decoder_attention_heads", self.decoder_attention_heads)
+        return self
+
+
+class BertFamily(FamilyConfig):
+    """Bidirectional transformer encoder with a classification head (BERT)."""
+
+    task: ClassVar[str] = "text-classification"
+
+    hidden_size: PositiveInt = Field(128, description="Width of the model.")
+    num_hidden_layers: PositiveInt = Field(2, description="Layers.")
+    num_attention_heads: PositiveInt = Field(4, description="Attention heads of a layer.")
+    intermediate_size: PositiveInt = Field(512, description="Inner width of a layer.")
+    hidden_act: Activation = Field("gelu", description="Activation of the feed-forward layers.")
+    hidden_dropout_prob: Dropout = _dropout(0.1, "embeddings and of every sub-layer's output")
+    attention_probs_dropout_prob: Dropout = _dropout(0.1, "attention weights")
+    classifier_dropout: Dropout | None = Field(
+        None, ge=0, lt=1, description="Dropout before the classifier; null: hidden_dropout_prob."
+    )
+    initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    layer_norm_eps: PositiveFloat = Field(1e-12, description="Term of the layer norms for numerical stability.")
+    max_position_embeddings: PositiveInt = Field(512, description="Longest input, in tokens.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        _check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        return self
+
+
+class ViTFamily(FamilyConfig):
+    """Vision transformer with a classification head (ViT)."""
+
+    task: ClassVar[str] = "image-classification"
+
+    image_size: PositiveInt = Field(224, description="Height and width that images are resized to, in pixels.")
+    patch_size: PositiveInt = Field(16, description="Height and width of a patch, in pixels.")
+    num_channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey.")
+    hidden_size: PositiveInt = Field(128, description="Width of the model.")
+    num_hidden_layers: PositiveInt = Field(4, description="Layers.")
+    num_attention_heads: PositiveInt = Field(4, description="Attention heads of a layer.")
+    intermediate_size: PositiveInt = Field(512, description="Inner width of a layer.")
+    hidden_act: Activation = Field("gelu", description="Activation of the feed-forward layers.")
+    hidden_dropout_prob: Dropout = _dropout(0.0, "embeddings and of every sub-layer's output")
+    attention_probs_dropout_prob: Dropout = _dropout(0.0, "attention weights")
+    initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    layer_norm_eps: NonNegativeFloat = Field(1e-12, description="Term of the layer norms for numerical stability.")
+    qkv_bias: bool = Field(True, description="Whether queries, keys and values have a bias.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        _check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        return self
+
+
+FAMILIES: dict[str, type[FamilyConfig]] = {"marian": MarianFamily, "bert": BertFamily, "vit": ViTFamily}
+
+
+def parse_family(model: ModelConfig) -> FamilyConfig:
+    """Check `model.config` against the class of `model.family`.
+
+    Raises:
+        pydantic.ValidationError: A key or a value is wrong.
+    """
+    assert model.family is not None, "only a family has a checked config"
+    return FAMILIES[model.family].model_validate(model.config)
+
+
+def _check_heads(width_key: str, width: int, heads_key: str, num_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(f"{width_key} {width} is no multiple of {heads_key} {num_heads}")

@@ -1,0 +1,86 @@
+"""Hugging Face checkpoints: a directory or a hub id, safetensors only, never code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eagleray.config.schema import ModelConfig
+from eagleray.errors import ConfigError
+
+# What is fetched from the hub. Pickles (.bin, .pt, .ckpt, .h5) and Python files stay there.
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.bpe", "*.jinja"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
+
+
+def locate_pretrained(model: ModelConfig) -> Path:
+    """Return the directory of `model.pretrained`, fetched from the hub where it is a hub id.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or its weights are no safetensors, or it needs code of its own.
+    """
+    assert model.pretrained is not None, "the model does not start from a pretrained one"
+    directory = Path(model.pretrained).expanduser()
+    if not directory.is_dir():
+        directory = _fetch(model.pretrained, model.revision)
+    check_directory(directory)
+    return directory
+
+
+def check_directory(directory: Path) -> None:
+    """Check that a directory is a Hugging Face checkpoint that can be opened without running anything in it.
+
+    Raises:
+        ConfigError: It is not; the message says what was found.
+    """
+    config = read_model_config(directory)
+    if "auto_map" in config:
+        raise ConfigError(
+            f"{directory}: config.json asks for Python code of the checkpoint (auto_map), which is never run",
+            "install that code and use model.factory",
+        )
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+    found = f"its weights are {', '.join(pickles)}, which can run code when opened" if pickles else "it has none"
+    raise ConfigError(
+        f"{directory}: only weights in safetensors are opened; {found}",
+        "convert them where you trust them: model.save_pretrained(directory)",
+    )
+
+
+def read_model_config(directory: Path) -> Mapping[str, Any]:
+    """Return `config.json` of a checkpoint.
+
+    Raises:
+        ConfigError: There is none or it is no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} is no Hugging Face checkpoint: there is no config.json in it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no JSON object")
+    return config
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise ConfigError(f"model.pretrained: {name!r} is neither a directory nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise ConfigError(
+            f"model.pretrained: {name!r} is no directory, and the hub gave no such checkpoint: "
+            f"{type(error).__name__}: {error}",
+            "give a directory where there is no network",
+        ) from error

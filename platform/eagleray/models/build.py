@@ -1,0 +1,268 @@
+"""Building a model for training, and rebuilding it from the files of a checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagleray.config.families import parse_family
+from eagleray.config.schema import ModelConfig, RunConfig
+from eagleray.errors import CheckpointDamagedError, ConfigError
+from eagleray.hub import locate_pretrained
+from eagleray.models.initialize import initialize, materialize
+from eagleray.tasks import Processor, task_class
+from eagleray.tasks.base import Head
+from eagleray.tasks.tokenizer import as_directory, save_to_files
+from eagleray.user_code import import_attribute
+
+_AUTO_CLASSES: dict[Head, str] = {
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+
+
+def build_model(config: RunConfig, processor: Processor, device: torch.device | str) -> nn.Module:
+    """Build the model that a run starts from, in training mode, float32, frozen where the file says so.
+
+    Weights that are not pretrained depend on (`train.seed`, parameter name) alone. A factory's module keeps the
+    weights that it was built with; torch's random numbers are seeded before.
+
+    Raises:
+        ConfigError: The file does not fit the model.
+    """
+    seed = config.train.seed if config.train else 0
+    if config.model.factory is not None:
+        model = _call_factory(config.model, processor, seed)
+    elif config.model.pretrained is not None:
+        model = _open_pretrained(config, processor, seed)
+    else:
+        model = _build_family(config, processor)
+        materialize(model, device)
+        initialize(model, seed)
+    freeze(model, config.model.freeze)
+    return model.to(device).train()
+
+
+def model_files(model: nn.Module, config: RunConfig, processor: Processor) -> dict[str, bytes]:
+    """Return what stands beside the weights of a checkpoint, by file name.
+
+    Args:
+        model: The unwrapped model.
+        config: The file of the run.
+        processor: The task's processor.
+    """
+    files = processor.files()
+    hf_model: Any = model
+    if config.model.factory is None:
+        hf_model.config.architectures = [type(model).__name__]
+        files |= save_to_files(hf_model.config.save_pretrained)
+        if getattr(hf_model, "generation_config", None) is not None:
+            files |= save_to_files(hf_model.generation_config.save_pretrained)
+    return files
+
+
+def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
+    """Rebuild a model from the files of a checkpoint, on the CPU; its parameters are undefined until loaded.
+
+    Nothing of where the run started (`model.pretrained`) is needed.
+
+    Raises:
+        ConfigError: The user's factory cannot be imported.
+        CheckpointDamagedError: `config.json` is missing.
+    """
+    if config.model.factory is not None:
+        return _call_factory(config.model, task_class(config.task)(config).load_processor(files), 0)
+    if CONFIG_FILE not in files:
+        raise CheckpointDamagedError(f"the checkpoint of {config.name} holds no {CONFIG_FILE}")
+    import transformers
+
+    names = (CONFIG_FILE, GENERATION_FILE)
+    with as_directory({name: files[name] for name in names if name in files}) as directory:
+        hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            model = _auto_class(config).from_config(hf_config, trust_remote_code=False, dtype=torch.float32)
+        if GENERATION_FILE in files:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    materialize(model, "cpu")
+    initialize(model, None)
+    return model  # type: ignore[no-any-return]
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into a model, each exactly once.
+
+    Raises:
+        CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
+    """
+    # state_dict names a shared parameter several times, named_parameters once: as the checkpoint does.
+    state = model.state_dict(keep_vars=True)
+    buffers = {name for name, _ in model.named_buffers()}
+    expected = {name for name, _ in model.named_parameters()} | (buffers & state.keys())
+    if expected != tensors.keys():
+        missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        raise CheckpointDamagedError(
+            f"the weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        )
+    with torch.no_grad():
+        for name in expected:
+            if state[name].shape != tensors[name].shape:
+                raise CheckpointDamagedError(
+                    f"the weights do not fit the model: {name} is {tuple(tensors[name].shape)} in the checkpoint "
+                    f"and {tuple(state[name].shape)} in the model"
+                )
+            state[name].copy_(tensors[name])
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stop the training of the parameters that match a shell pattern.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or nothing is left to train.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ConfigError(
+                f"model.freeze: {pattern!r} matches none of the {len(names)} parameters",
+                f"they are named like {', '.join(list(names)[:3])}",
+            )
+        for name in matching:
+            names[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError("model.freeze leaves no parameter to train")
+
+
+def _build_family(config: RunConfig, processor: Any) -> nn.Module:
+    import transformers
+
+    parsed = parse_family(config.model)
+    head = task_class(config.task).head
+    if head != task_class(parsed.task).head:
+        raise ConfigError(
+            f"model.family {config.model.family} is made for the task {parsed.task}, not {config.task}"
+        )
+    keys = parsed.model_dump()
+    with torch.device("meta"):
+        if config.model.family == "marian":
+            _check_positions(config, keys["max_position_embeddings"])
+            model = transformers.MarianMTModel(_marian_config(keys, processor))
+        elif config.model.family == "bert":
+            _check_positions(config, keys["max_position_embeddings"])
+            tokenizer = processor.tokenizer
+            given = {"vocab_size": len(tokenizer), "pad_token_id": int(tokenizer.pad_token_id)}
+            bert = transformers.BertConfig(**keys, **given, **_label_keys(processor))
+            model = transformers.BertForSequenceClassification(bert)
+        else:
+            model = transformers.ViTForImageClassification(
+                transformers.ViTConfig(**keys, **_label_keys(processor))
+            )
+    return model  # type: ignore[no-any-return]
+
+
+def _marian_config(keys: dict[str, Any], processor: Any) -> Any:
+    from transformers import MarianConfig
+
+    tokenizer = processor.tokenizer
+    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    return MarianConfig(
+        **keys,
+        vocab_size=len(tokenizer),
+        pad_token_id=pad,
+        eos_token_id=eos,
+        forced_eos_token_id=None,
+        decoder_start_token_id=processor.settings.decoder_start_token_id,
+    )
+
+
+def _check_positions(config: RunConfig, num_positions: int) -> None:
+    data, seq2seq = config.data, config.model.family == "marian"
+    keys = ("max_source_length", "max_target_length") if seq2seq else ("max_source_length",)
+    for key in keys:
+        if getattr(data, key) > num_positions:
+            raise ConfigError(
+                f"data.{key} is {getattr(data, key)}, but model.config.max_position_embeddings is {num_positions}"
+            )
+
+
+def _label_keys(processor: Processor) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(processor.labels)),
+        "label2id": {label: number for number, label in enumerate(processor.labels)},
+    }
+
+
+def _auto_class(config: RunConfig) -> Any:
+    import transformers
+
+    head = task_class(config.task).head
+    if head is None:
+        raise ConfigError(
+            f"task {config.task} does not say which Hugging Face models it works with",
+            "set `head` in your Task, or use model.factory",
+        )
+    return getattr(transformers, _AUTO_CLASSES[head])
+
+
+def _open_pretrained(config: RunConfig, processor: Processor, seed: int) -> nn.Module:
+    """Open a checkpoint; a head of other classes than its own is made anew."""
+    import transformers
+
+    directory = locate_pretrained(config.model)
+    hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    for key, value in config.model.config.items():
+        if not hasattr(hf_config, key):
+            raise ConfigError(
+                f"model.config: {key!r} is no key of {type(hf_config).__name__}",
+                f"its keys are {', '.join(sorted(hf_config.to_dict()))}",
+            )
+        setattr(hf_config, key, value)
+    if processor.labels and tuple(hf_config.id2label.values()) != tuple(processor.labels):
+        for key, value in _label_keys(processor).items():
+            setattr(hf_config, key, value)
+    model, info = _auto_class(config).from_pretrained(
+        directory,
+        config=hf_config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=bool(processor.labels),
+        output_loading_info=True,
+    )
+    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    if new:
+        initialize(model, seed, only=new)
+    return model  # type: ignore[no-any-return]
+
+
+def _call_factory(model: ModelConfig, processor: Processor, seed: int) -> nn.Module:
+    assert model.factory is not None, "the model is not built by a factory"
+    factory = import_attribute(model.factory, "model.factory")
+    arguments = dict(model.config)
+    if "processor" in inspect.signature(factory).parameters:
+        arguments["processor"] = processor
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            built = factory(**arguments)
+        except TypeError as error:
+            shown = json.dumps(model.config, default=str)
+            raise ConfigError(
+                f"model.factory: {model.factory} does not take model.config {shown}: {error}"
+            ) from error
+    if not isinstance(built, nn.Module):
+        raise ConfigError(
+            f"model.factory: {model.factory} returned a {type(built).__name__}, not a torch.nn.Module"
+        )
+    if any(parameter.is_meta for parameter in built.parameters()):
+        materialize(built, "cpu")
+        initialize(built, seed)
+    return built

@@ -1,0 +1,149 @@
+"""Initial weights from (seed, parameter name) alone, so that they are bit-equal in every layout.
+
+A module's own initialiser runs, but each random fill of a parameter draws from a generator that is seeded by the
+parameter's name, on the CPU. So neither the order of building, nor the device, nor whether the model was built on
+`meta` shows in the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagleray.errors import ConfigError
+
+_RANDOM_FILLS = {
+    torch.ops.aten.normal_,
+    torch.ops.aten.uniform_,
+    torch.ops.aten.bernoulli_,
+    torch.ops.aten.random_,
+    torch.ops.aten.exponential_,
+    torch.ops.aten.log_normal_,
+    torch.ops.aten.cauchy_,
+    torch.ops.aten.geometric_,
+}
+
+
+def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = None) -> None:
+    """Set every parameter, and every buffer that an initialiser knows, in place.
+
+    Modules of Hugging Face models are set by their `_init_weights`, all others by `reset_parameters`; children
+    come before their parents, as in both libraries.
+
+    Args:
+        model: A model whose tensors are on a real device; see `materialize`.
+        seed: Seed of the weights; None leaves random fills out, for weights that are loaded afterwards. Buffers
+            that no checkpoint holds are set all the same.
+        only: Names of the parameters to set; default: all.
+
+    Raises:
+        ConfigError: A module has parameters of its own and no way to set them.
+    """
+    names = {_storage(tensor): name for name, tensor in model.named_parameters() if tensor.numel()}
+    kept = [tensor for name, tensor in model.named_parameters() if only is not None and name not in only]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _marked_as_loaded(kept):
+        for module_name, module, init in _initialisers(model):
+            # For what is drawn into a temporary tensor first (orthogonal_, or copying torch.randn).
+            torch.manual_seed(_seed_of(seed or 0, module_name))
+            with _FillByName(names, seed):
+                init(module)
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give every tensor on `meta` memory on a device; shared parameters stay shared, values are undefined."""
+    moved: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                if parameter not in moved:
+                    data = torch.empty_like(parameter, device=device)
+                    moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved[parameter]  # type: ignore[assignment]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                moved.setdefault(buffer, torch.empty_like(buffer, device=device))
+                module._buffers[name] = moved[buffer]
+
+
+class _FillByName(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes each random fill of a parameter depend on (seed, name) alone."""
+
+    def __init__(self, names: Mapping[int, str], seed: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+        self._seed = seed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in _RANDOM_FILLS:
+            return func(*args, **kwargs)
+        target: Tensor = args[0]
+        name = self._names.get(_storage(target))
+        if name is None or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        if self._seed is None:
+            return target
+        drawn = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+        generator = torch.Generator().manual_seed(_seed_of(self._seed, name))
+        func(drawn, *args[1:], **{**kwargs, "generator": generator})
+        return target.copy_(drawn)
+
+
+def _initialisers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Any]]]:
+    """Yield each module that can be set, children first, with its name and what sets it."""
+
+    def walk(module: nn.Module, prefix: str, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+        # A Hugging Face model inside another one initialises its own modules.
+        owner = module if hasattr(module, "_init_weights") else owner
+        for name, child in module.named_children():
+            yield from walk(child, f"{prefix}{name}.", owner)
+        if init := _initialiser(module, owner, prefix.removesuffix(".")):
+            yield prefix.removesuffix("."), module, init
+
+    yield from walk(model, "", None)
+
+
+def _initialiser(module: nn.Module, owner: Any, name: str) -> Callable[[nn.Module], Any] | None:
+    if owner is not None:
+        return owner._init_weights  # type: ignore[no-any-return]
+    for method in ("reset_parameters", "_reset_parameters"):
+        if hasattr(module, method):
+            return lambda module: getattr(module, method)()
+    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise ConfigError(
+            f"cannot initialise {name or 'the model'} ({type(module).__name__}): it has the parameters "
+            f"{', '.join(own)} and no reset_parameters()",
+            "give the module a method reset_parameters() that sets them",
+        )
+    return None
+
+
+@contextmanager
+def _marked_as_loaded(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Mark tensors so that transformers' own initialisers leave them alone."""
+    for tensor in tensors:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            del tensor._is_hf_initialized  # type: ignore[attr-defined]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what is equal for all views of one piece of memory, and only for them."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
