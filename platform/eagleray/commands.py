@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import json as jsonlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eagleray.console import FilesArgument, JsonOption, Output, StoreOption, VerboseOption, reporting
+from eagleray.console import (
+    JsonOption,
+    Output,
+    StoreOption,
+    VerboseOption,
+    reporting,
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    app.command()(init)
     app.command()(validate)
 
 
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("eagleray.yaml"),
+    task: Annotated[
+        str,
+        typer.Option(
+            help="translation, text-classification, image-classification, or your own package.module:Task."
+        ),
+    ] = "translation",
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a commented starter file."""
+    with reporting(json=json, verbose=verbose) as out:
+        from eagleray.config.starter import write_starter
+
+        write_starter(path, task)
+        out.result({"path": path, "task": task}, f"wrote {path}; next: eagleray validate {path}")
+
+
 def validate(
-    files: Annotated[list[str] | None, FilesArgument.__metadata__[0]] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE... [KEY.SUB=VALUE...]", help="YAML files, then settings that override theirs."
+        ),
+    ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of the file, for editors, and nothing else.")
     ] = False,
@@ -29,7 +61,7 @@ def validate(
         if schema:
             from eagleray.config.jsonschema import file_schema
 
-            print(jsonlib.dumps(file_schema(), indent=2))
+            out.result(file_schema(), jsonlib.dumps(file_schema(), indent=2))
             return
         _validate(out, files or [], store)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eagleray.config.loader import families
+from eagleray.config.families import FAMILIES
 from eagleray.config.problems import spellings
 from eagleray.config.schema import ParallelConfig, RunConfig
 
@@ -15,7 +15,7 @@ def file_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     _add_spellings(definitions["ParallelConfig"])
     branches = []
-    for name, family in sorted(families().items()):
+    for name, family in sorted(FAMILIES.items()):
         own = family.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         definitions.update({f"{name}.{key}": value for key, value in own.pop("$defs", {}).items()})
         definitions[f"family.{name}"] = own

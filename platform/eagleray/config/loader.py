@@ -8,8 +8,6 @@ refuses a relative one.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from eagleray.config.contradictions import find_contradictions
+from eagleray.config.crosschecks import cross_problems, family_problems, path_problems
 from eagleray.config.document import Document, DocumentError, KeyPath, parse, read_bounded
-from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.problems import Problem, dotted, explain, section_at, spellings
 from eagleray.config.schema import RunConfig
 from eagleray.errors import ConfigError, UsageError
@@ -70,7 +68,7 @@ def load_files(
         ConfigError: Everything that is wrong in all files, each with file, line and key.
     """
     if not paths:
-        raise UsageError("no file is given", "name at least one YAML file; `eagleray init` writes one")
+        raise UsageError("no file is given", "Name at least one YAML file; `eagleray init` writes one.")
     parsed = [parse_override(text) for text in overrides]
     loaded: list[LoadedFile] = []
     messages: list[str] = []
@@ -93,16 +91,6 @@ def resolve_store(option: str | None, of_file: str | None, environ: Mapping[str,
     return option or of_file or environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """Resolve the layout of a file.
-
-    Raises:
-        ConfigError: The degrees do not fit the number of workers.
-    """
-    num_workers = config.resources.num_workers
-    return resolve_layout(config.parallel, None if num_workers == "auto" else num_workers)
-
-
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Split `FILE... key.sub=value...` into files and overrides.
 
@@ -116,7 +104,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
             overrides.append(argument)
         elif overrides:
             raise UsageError(
-                f"{argument} stands behind {overrides[-1]}", "name the files first, then key.sub=value"
+                f"{argument} stands behind {overrides[-1]}", "Name the files first, then key.sub=value."
             )
         else:
             paths.append(Path(argument))
@@ -139,11 +127,11 @@ def parse_override(text: str) -> Override:
     """
     match = _OVERRIDE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text} is not key.sub=value", "for example train.learning_rate=1e-4")
+        raise UsageError(f"{text} is not key.sub=value", "For example train.learning_rate=1e-4.")
     try:
         return Override(tuple(match[1].split(".")), parse(match[2]).value)
     except DocumentError as error:
-        raise UsageError(f"the value of {text}: {error.message}", "the value is YAML; quote it") from error
+        raise UsageError(f"the value of {text}: {error.message}", "The value is YAML: quote it.") from error
 
 
 @dataclass
@@ -159,9 +147,10 @@ class _Draft:
         return any(key[: len(set_key)] == set_key for set_key in self.overridden)
 
     def where(self, key: KeyPath) -> str:
-        if self.is_overridden(key):
-            return f"{self.path}, on the command line"
         lines = self.document.lines
+        new = key not in lines and any(set_key[: len(key)] == key for set_key in self.overridden)
+        if new or self.is_overridden(key):
+            return f"{self.path}, on the command line"
         known = next((key[:n] for n in range(len(key), -1, -1) if key[:n] in lines), None)
         return str(self.path) if not known else f"{self.path}:{lines[known]}"
 
@@ -174,18 +163,16 @@ def _load(path: Path, overrides: Sequence[Override], store: str | None, environ:
     problems = _canonical(draft.value, RunConfig, ())
     for override in overrides:
         problems += _apply(draft, override)
-    problems += _family_problems(draft.value)
+    problems += family_problems(draft.value)
     try:
         config = RunConfig.model_validate(draft.value)
     except ValidationError as error:
         problems = explain(error.errors(), RunConfig, draft.value) + problems
     if problems:
         raise draft.error(sorted(problems, key=lambda each: draft.document.lines.get(each.key, 0)))
-    try:
-        layout_of(config)
-    except ConfigError as error:
-        raise draft.error([Problem(("parallel",), str(error))]) from error
     config = _with_absolute_paths(config, draft)
+    if problems := cross_problems(config) + path_problems(config):
+        raise draft.error(problems)
     config = config.model_copy(update={"store": resolve_store(store, config.store, environ)})
     return LoadedFile(path, config, tuple(find_contradictions(config)))
 
@@ -236,29 +223,6 @@ def _canonical_key(key: KeyPath) -> KeyPath:
         section = section_at(RunConfig, done)
         done.append(spellings(section).get(str(part), part) if section else part)
     return tuple(done)
-
-
-def _family_problems(value: dict[str, Any]) -> list[Problem]:
-    """Check `model.config` against the family's own class."""
-    model = value.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("config", {}), dict):
-        return []
-    family = families().get(str(model.get("family")))
-    if family is None:
-        return []
-    try:
-        family.model_validate(model.get("config", {}))
-    except ValidationError as error:
-        return explain(error.errors(), family, model.get("config", {}), at=("model", "config"))
-    return []
-
-
-def families() -> Mapping[str, type[BaseModel]]:
-    """Return the class of each family's `model.config`."""
-    if importlib.util.find_spec("eagleray.config.families") is None:
-        return {}
-    families: Mapping[str, type[BaseModel]] = importlib.import_module("eagleray.config.families").FAMILIES
-    return families
 
 
 def _with_absolute_paths(config: RunConfig, draft: _Draft) -> RunConfig:

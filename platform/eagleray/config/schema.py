@@ -7,9 +7,12 @@ transformers, so that a file is validated in well under a second.
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -101,8 +104,8 @@ class DataConfig(Section):
     )
     train: Files | None = Field(
         None,
-        description="Training files: paths, globs or store URIs of .jsonl, .csv, .tsv or .parquet; "
-        "or `{source: ..., target: ...}` of plain parallel text.",
+        description="Training files: paths (relative to this file), globs or store URIs of .jsonl, .csv, .tsv or "
+        ".parquet; or `{source: ..., target: ...}` of plain parallel text.",
     )
     validation: Files | None = Field(None, description="Validation files; else `validation_split`.")
     test: Files | None = Field(None, description="Test files; else `test_split`.")
@@ -244,6 +247,14 @@ class TrainConfig(Section):
         return self
 
 
+def _known_task(task: str) -> str:
+    if task in BUILTIN_TASKS or re.fullmatch(IMPORT_PATH_PATTERN, task):
+        return task
+    near = difflib.get_close_matches(task, BUILTIN_TASKS, n=1, cutoff=0.6)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{task!r} is not {', '.join(BUILTIN_TASKS)} or your own package.module:Task{guess}")
+
+
 def _degree(long: str, short: str, description: str) -> Any:
     return Field(1, description=description, validation_alias=AliasChoices(long, short))
 
@@ -338,17 +349,20 @@ class RunConfig(Section):
     """The whole file."""
 
     name: str = Field(pattern=f"^{NAME_PATTERN}$", description="Name of the model and of its runs.")
-    task: str = Field(
+    task: Annotated[str, AfterValidator(_known_task)] = Field(
         description="translation, text-classification, image-classification, or your own `package.module:Task`.",
-        pattern=f"^({'|'.join(BUILTIN_TASKS)}|{IMPORT_PATH_PATTERN})$",
+        json_schema_extra={"pattern": f"^({'|'.join(BUILTIN_TASKS)}|{IMPORT_PATH_PATTERN})$"},
     )
     store: str | None = Field(
         None,
-        description="Where checkpoints live: a local or shared directory, s3://bucket/prefix, gs://bucket/prefix.",
+        min_length=1,
+        description="Where checkpoints live: a local or shared directory (relative to the working directory), "
+        "s3://bucket/prefix, gs://bucket/prefix; default: EAGLERAY_STORE, else ./store.",
     )
     code: list[str] = Field(
         default_factory=list,
-        description="Directories of your own packages, relative to this file; they travel along.",
+        description="Your own packages (a package's directory, or one that holds packages and modules), relative "
+        "to this file; they travel along.",
     )
     model: ModelConfig = Field(description="The model.")
     data: DataConfig = Field(description="The examples.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from eagleray.config.loader import LoadedFile, layout_of
+from eagleray.config.crosschecks import layout_of
+from eagleray.config.loader import LoadedFile
 from eagleray.config.schema import RunConfig
 
 

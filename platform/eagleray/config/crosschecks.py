@@ -1,0 +1,86 @@
+"""Rules between sections: what one of them says must fit what another says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from eagleray.config.families import FAMILIES
+from eagleray.config.layout import Layout, resolve_layout
+from eagleray.config.problems import Problem, explain
+from eagleray.config.schema import BUILTIN_TASKS, RunConfig
+from eagleray.errors import ConfigError
+
+SOURCE_TASKS = {
+    "cldr-en-fr": "translation",
+    "cldr-langid": "text-classification",
+    "digits": "image-classification",
+}
+
+
+def cross_problems(config: RunConfig) -> list[Problem]:
+    """Return what does not fit together in a file whose sections are right, each for itself."""
+    found = [_family_fits_task(config), _source_fits_task(config), _layout_fits_workers(config)]
+    return [problem for problem in found if problem is not None]
+
+
+def path_problems(config: RunConfig) -> list[Problem]:
+    """Return what a file names on this machine that is not there: the directories that travel from here."""
+    return [
+        Problem(("code", i), f"code: {entry} is not a directory")
+        for i, entry in enumerate(config.code)
+        if not Path(entry).is_dir()
+    ]
+
+
+def family_problems(value: dict[str, Any]) -> list[Problem]:
+    """Check `model.config` of a file against the class of its family, before the rest is known to be right."""
+    model = value.get("model")
+    settings = model.get("config", {}) if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(settings, dict):
+        return []
+    family = FAMILIES.get(str(model.get("family")))
+    if family is None:
+        return []
+    try:
+        family.model_validate(settings)
+    except ValidationError as error:
+        return explain(error.errors(), family, settings, at=("model", "config"))
+    return []
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """Resolve the layout of a file.
+
+    Raises:
+        ConfigError: The degrees do not fit the number of workers.
+    """
+    num_workers = config.resources.num_workers
+    return resolve_layout(config.parallel, None if num_workers == "auto" else num_workers)
+
+
+def _family_fits_task(config: RunConfig) -> Problem | None:
+    family = FAMILIES.get(config.model.family or "")
+    if family is None or config.task not in BUILTIN_TASKS or family.task == config.task:
+        return None
+    message = f"model.family {config.model.family} is made for {family.task}, but task is {config.task}"
+    fitting = " or ".join(name for name, other in FAMILIES.items() if other.task == config.task)
+    return Problem(("model", "family"), f"{message}; set model.family to {fitting}")
+
+
+def _source_fits_task(config: RunConfig) -> Problem | None:
+    of_source = SOURCE_TASKS.get(config.data.source or "")
+    if of_source is None or config.task not in BUILTIN_TASKS or of_source == config.task:
+        return None
+    message = f"data.source {config.data.source} holds examples of {of_source}, but task is {config.task}"
+    return Problem(("data", "source"), message)
+
+
+def _layout_fits_workers(config: RunConfig) -> Problem | None:
+    try:
+        layout_of(config)
+    except ConfigError as error:
+        return Problem(("parallel",), str(error))
+    return None
