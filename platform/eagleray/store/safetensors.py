@@ -1,0 +1,160 @@
+"""Safetensors files, written as a stream: hashes and byte ranges are known when the last byte is.
+
+The format: eight bytes with the header's length, the header in JSON, the tensors' bytes. The library writes from a
+whole file in memory and tells no offsets; it reads what is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeVar
+
+import torch
+
+from eagleray.errors import StoreError
+from eagleray.store.manifest import FileEntry, ShardEntry
+
+Bytes = TypeVar("Bytes", bytes, memoryview)
+
+BLOCK_BYTES = 32 * 1024 * 1024
+"""A block of rows has one hash: a reader reads whole blocks, because only those can be verified."""
+
+_PIECE_BYTES = 8 * 1024 * 1024
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Safetensors' name of a type.
+
+    Raises:
+        StoreError: Safetensors has no such type.
+    """
+    if dtype not in _NAMES:
+        raise StoreError(f"tensors of type {dtype} cannot be stored", hint=f"Types: {', '.join(_DTYPES)}.")
+    return _NAMES[dtype]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type that safetensors calls `name`."""
+    return _DTYPES[name]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def from_bytes(data: bytes, dtype: str, sizes: Sequence[int]) -> torch.Tensor:
+    """A tensor of its own memory from the bytes of a shard."""
+    return torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).reshape(tuple(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank writes of a tensor: a box that begins at `offsets`, contiguous in host memory."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    local: torch.Tensor
+
+    @property
+    def key(self) -> str:
+        """The piece's name in the file: the tensor's, and where the piece begins unless it is whole."""
+        if tuple(self.local.shape) == self.shape:
+            return self.name
+        return f"{self.name}[{','.join(map(str, self.offsets))}]"
+
+
+@dataclass
+class SafetensorsStream:
+    """The bytes of a file that holds `pieces`; after they were taken, `file` and `shards` describe them.
+
+    Args:
+        path: `<attempt>/<file name>`.
+        pieces: At least one, each of at least one element.
+        block_bytes: Most bytes under one hash, unless a row has more.
+    """
+
+    path: str
+    pieces: Sequence[Piece]
+    block_bytes: int = BLOCK_BYTES
+    shards: dict[str, list[ShardEntry]] = field(default_factory=dict, init=False)
+    _hash: hashlib._Hash = field(default_factory=hashlib.sha256, init=False)
+    _size: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        # Wide types first, so that every tensor is aligned to its element.
+        self.pieces = sorted(self.pieces, key=lambda piece: (-piece.local.element_size(), piece.key))
+        self.header = _header(self.pieces)
+
+    @property
+    def file(self) -> FileEntry:
+        """The file as it was written."""
+        return FileEntry(path=self.path, size=self._size, sha256=self._hash.hexdigest())
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self._count(self.header)
+        for piece in self.pieces:
+            for offset, block in _blocks(piece.local, self.block_bytes):
+                yield from self._block(piece, offset, block)
+
+    def _block(self, piece: Piece, row: int, block: torch.Tensor) -> Iterator[memoryview]:
+        start, data = self._size, as_bytes(block)
+        for first in range(0, len(data), _PIECE_BYTES):
+            part = data[first : first + _PIECE_BYTES]
+            self._count(part)
+            yield part
+        offsets = (piece.offsets[0] + row, *piece.offsets[1:]) if piece.offsets else ()
+        entry = ShardEntry(
+            file=self.path,
+            start=start,
+            end=self._size,
+            offsets=offsets,
+            sizes=tuple(block.shape),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        self.shards.setdefault(piece.name, []).append(entry)
+
+    def _count(self, part: Bytes) -> Bytes:
+        self._hash.update(part)
+        self._size += len(part)
+        return part
+
+
+def _header(pieces: Sequence[Piece]) -> bytes:
+    entries: dict[str, object] = {}
+    position = 0
+    for piece in pieces:
+        end = position + piece.local.numel() * piece.local.element_size()
+        entries[piece.key] = {
+            "dtype": dtype_name(piece.local.dtype),
+            "shape": list(piece.local.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(tensor: torch.Tensor, block_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Cut a tensor along its first dimension; yield where each block begins."""
+    if tensor.ndim == 0:
+        yield 0, tensor
+        return
+    row_bytes = prod(tensor.shape[1:]) * tensor.element_size()
+    num_rows = max(1, block_bytes // row_bytes)
+    for first in range(0, tensor.shape[0], num_rows):
+        yield first, tensor[first : first + num_rows]
