@@ -1,0 +1,132 @@
+"""From the cursor to the micro-batches of one rank, one step ahead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eagleray.parallel import DataCoordinate
+from eagleray.tasks.base import Batch, Features, Processor, Task
+from eagleray_jobs.data.cursor import Cursor, slice_rows
+
+
+class Rows(Protocol):
+    """Prepared examples of one split, by index."""
+
+    lengths: NDArray[np.integer]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Features: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of one forward pass.
+
+    Attributes:
+        batch: Collated rows, on the CPU.
+        filler: The rank has no row left for this pass. It runs on borrowed rows, so that all ranks make the same
+            collectives, and its loss is multiplied by zero.
+    """
+
+    batch: Batch
+    filler: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """This rank's share of one global batch.
+
+    Attributes:
+        step: The step that it is for, counted from 1.
+        micro_batches: As many on every rank.
+        num_examples: Examples of the whole global batch.
+        num_tokens: Their tokens, without padding.
+    """
+
+    step: int
+    micro_batches: Sequence[MicroBatch]
+    num_examples: int
+    num_tokens: int
+
+
+class Batches:
+    """Cuts and collates the global batches of a run for one rank.
+
+    Args:
+        cursor: The order of examples; knows no ranks.
+        rows: The training split.
+        task: Collates.
+        processor: Of the task.
+        coordinate: Which slice of the global batch this rank reads.
+        max_rows: Most rows in one micro-batch (`per_device_train_batch_size`); None: the slice is one.
+        pin_memory: Whether batches go to pinned memory, so that copies to a GPU are asynchronous.
+    """
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        rows: Rows,
+        task: Task,
+        processor: Processor,
+        coordinate: DataCoordinate,
+        *,
+        max_rows: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.cursor = cursor
+        self._rows = rows
+        self._task = task
+        self._processor = processor
+        self._coordinate = coordinate
+        self._max_rows = max_rows
+        self._pin_memory = pin_memory
+
+    def load(self, step: int) -> StepBatch:
+        """Collate this rank's share of a step (counted from 1)."""
+        batch = self.cursor.batch(step - 1)
+        own = slice_rows(batch, self._coordinate.rank, self._coordinate.world)
+        largest_slice = -(-len(batch) // self._coordinate.world)
+        parts = split_evenly(own, num_micro_batches(largest_slice, self._max_rows))
+        micro_batches = [self._collate(part if len(part) else batch[:1], not len(part)) for part in parts]
+        return StepBatch(step, micro_batches, len(batch), int(self._rows.lengths[batch].sum()))
+
+    def _collate(self, indices: NDArray[np.int64], filler: bool) -> MicroBatch:
+        batch = self._task.collate([self._rows[int(index)] for index in indices], self._processor)
+        if self._pin_memory:
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return MicroBatch(batch, filler)
+
+
+def num_micro_batches(largest_slice: int, max_rows: int | None) -> int:
+    """Return the forward passes of a step: enough for the rank with the most rows."""
+    return 1 if max_rows is None else -(-largest_slice // max_rows)
+
+
+def split_evenly(indices: NDArray[np.int64], num_parts: int) -> list[NDArray[np.int64]]:
+    """Cut rows into consecutive parts that differ by at most one row; with too few rows some are empty."""
+    return np.array_split(indices, num_parts)
+
+
+def prefetch(
+    batches: Batches, first_step: int, last_step: int, *, timeout_s: float
+) -> Generator[StepBatch, None, None]:
+    """Yield the batches of steps `first_step` to `last_step`, collating the next one in a thread meanwhile.
+
+    Closing the iterator ends the thread.
+
+    Raises:
+        TimeoutError: A batch was not ready after `timeout_s` seconds.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead: Future[StepBatch] | None = None
+        for step in range(first_step, last_step + 1):
+            current = ahead if ahead is not None else pool.submit(batches.load, step)
+            ahead = pool.submit(batches.load, step + 1) if step < last_step else None
+            yield current.result(timeout_s)

@@ -1,0 +1,228 @@
+"""The training loop: one for every layout. It knows neither Ray nor how a model is cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from eagleray.config.schema import TrainConfig
+from eagleray.errors import NonFiniteLossError
+from eagleray.parallel import DataCoordinate, apply_layout, data_coordinate
+from eagleray.tasks.base import Processor, Task
+from eagleray_jobs.data.cursor import Cursor
+from eagleray_jobs.train.batches import Batches, Rows, StepBatch, prefetch
+from eagleray_jobs.train.evaluation import Evaluator, ScoredRows
+from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.metrics import MetricSink, MetricWriter, Throughput, memory_bytes
+from eagleray_jobs.train.optimizer import build_optimizer
+from eagleray_jobs.train.progress import Due, Goal, Progress, due_after, out_of_patience, outcome_at_start
+from eagleray_jobs.train.saving import Saver, Saves
+from eagleray_jobs.train.schedule import learning_rate
+from eagleray_jobs.train.spec import Control, LoopResult, MetricRecord, WorkerSpec
+from eagleray_jobs.train.state import Restorable, TrainState
+from eagleray_jobs.train.step import StepResult, TrainStep
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop works on; `parts.assemble` builds it from the store, a test from fakes.
+
+    Attributes:
+        model: The model on `device`, with its initial weights.
+        task: Loss, answers, scores.
+        processor: Of the task.
+        train: The training split.
+        validation: The validation split; None or empty: nothing is evaluated.
+        device: Where this rank computes.
+        mesh: All ranks, from `build_mesh`.
+        files: What a checkpoint holds besides tensors and state, so that it can be opened.
+        saver: Commits checkpoints.
+        resume: The version to go on from.
+        sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
+        prune: Applies `train.save_total_limit`.
+    """
+
+    model: nn.Module
+    task: Task
+    processor: Processor
+    train: Rows
+    validation: ScoredRows | None
+    device: torch.device
+    mesh: DeviceMesh
+    files: dict[str, bytes]
+    saver: Saver
+    resume: Restorable | None = None
+    sinks: Callable[[int], Sequence[MetricSink]] = lambda step: ()
+    prune: Callable[[], None] | None = None
+
+
+def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
+    """Train until the run ends or is asked to stop; called on every rank together.
+
+    `torch.distributed` is initialised by the caller, with a device of its own for each rank.
+
+    Raises:
+        NonFiniteLossError: On all ranks, naming the step, the rank and the last good checkpoint.
+        ConfigError: The file asks for what the device, the layout or the task cannot do.
+        StoreError: Three saves in a row failed.
+        FencedError: The run was taken over by another owner.
+    """
+    with closing(_Loop(spec, parts, control)) as loop:
+        return loop.run()
+
+
+class _Loop:
+    def __init__(self, spec: WorkerSpec, parts: Parts, control: Control) -> None:
+        config, coordinate = spec.train, data_coordinate(parts.mesh)
+        self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
+        self.exchange = Exchange(config.ddp_timeout)
+        model = apply_layout(parts.model, spec.layout, parts.mesh, parts.device)
+        optimizer = build_optimizer(parts.model, config)
+        self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, coordinate, parts.device)
+        self.state = TrainState(parts.model, optimizer, self.step.scaler)
+        self.batches = _build_batches(config, parts, coordinate)
+        self.goal = Goal.of(config, parts.task.best_metric)
+        self.evaluator = _build_evaluator(config, parts, coordinate, self.exchange)
+        self.is_first = self.exchange.rank == 0
+        last_ref = parts.resume.ref if parts.resume is not None else None
+        self.saves = Saves(parts.saver, control, last_ref, parts.prune if self.is_first else None)
+        self.throughput = Throughput()
+        self.metrics: MetricWriter | None = None
+
+    def run(self) -> LoopResult:
+        progress = self.restore()
+        outcome = outcome_at_start(self.config, progress, self.max_steps)
+        with closing(self.steps_after(progress.step)) as batches:
+            while outcome is None:
+                batch = next(batches)
+                rate = learning_rate(self.config, batch.step, self.max_steps)
+                result = self.take_step(batch, rate)
+                progress = progress.after_step(batch.num_examples)
+                due = self.due(progress.step, result)
+                if due.evaluate:
+                    progress = self.evaluate(progress)
+                if due.log:
+                    self.log(batch, rate, result, progress)
+                outcome = due.outcome or out_of_patience(self.config, progress)
+                if due.save or outcome:
+                    self.save(progress)
+        self.saves.finish()
+        return LoopResult(
+            outcome, progress.step, self.saves.last_ref, progress.scores, progress.best_score, progress.best_step
+        )
+
+    def restore(self) -> Progress:
+        resume = self.parts.resume
+        progress = Progress() if resume is None else self.state.restore(resume)
+        if self.is_first:
+            self.metrics = MetricWriter(self.parts.sinks(progress.step))
+        return progress
+
+    def steps_after(self, step: int) -> Generator[StepBatch, None, None]:
+        return prefetch(self.batches, step + 1, self.max_steps, timeout_s=self.config.ddp_timeout)
+
+    def take_step(self, batch: StepBatch, rate: float) -> StepResult:
+        stop, saving = self.control.stop_requested(), self.saves.in_flight()
+        try:
+            result = self.step.run(batch, rate, stop=stop, saving=saving)
+        except NonFiniteLossError as error:
+            raise self.with_last_good(error) from error
+        self.saves.settle(any_in_flight=result.totals.saving)
+        self.throughput.add(batch.num_examples, batch.num_tokens)
+        return result
+
+    def due(self, step: int, result: StepResult) -> Due:
+        can_evaluate = self.evaluator is not None
+        due = due_after(self.config, step, self.max_steps, stop=result.totals.stop, can_evaluate=can_evaluate)
+        if due.log or due.evaluate or due.save:
+            self.check_gradient(step, result)
+        return due
+
+    def evaluate(self, progress: Progress) -> Progress:
+        assert self.evaluator is not None
+        with self.throughput.paused():
+            scores = self.evaluator.run(self.parts.model, progress.step)
+        return progress.after_evaluation(scores, self.goal)
+
+    def log(self, batch: StepBatch, rate: float, result: StepResult, progress: Progress) -> None:
+        if self.metrics is None:
+            return
+        examples_per_s, tokens_per_s = self.throughput.take()
+        record = MetricRecord(
+            step=batch.step,
+            epoch=self.batches.cursor.epoch(batch.step),
+            loss=result.totals.mean_loss,
+            learning_rate=rate,
+            grad_norm=float(result.grad_norm),
+            examples_per_s=examples_per_s,
+            tokens_per_s=tokens_per_s,
+            memory_bytes=memory_bytes(self.parts.device),
+            scores=progress.current_scores,
+        )
+        self.metrics.write(record)
+        self.control.log(record)
+
+    def save(self, progress: Progress) -> None:
+        self.saves.start(
+            step=progress.step,
+            tensors=self.state.tensors(),
+            files=self.parts.files,
+            state=self.state.record(progress),
+            metrics=progress.current_scores or {},
+        )
+
+    def check_gradient(self, step: int, result: StepResult) -> None:
+        """Before anything is shown or stored: an infinite gradient of a finite loss spoils the weights, too."""
+        if not self.step.scaler.is_enabled() and not math.isfinite(float(result.grad_norm)):
+            raise self.with_last_good(
+                NonFiniteLossError(f"the gradient of step {step} is {float(result.grad_norm)} on every rank")
+            )
+
+    def with_last_good(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        self.saves.finish()
+        good = self.saves.last_ref or "none was committed yet"
+        hint = f"the last good checkpoint: {good}; a lower train.learning_rate or train.max_grad_norm may help"
+        return NonFiniteLossError(error.message, hint)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        self.saves.close()
+        self.exchange.close()
+
+
+def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate) -> Batches:
+    lengths = parts.train.lengths if config.group_by_length else None
+    return Batches(
+        Cursor(len(parts.train), config.global_batch_size, config.seed, lengths),
+        parts.train,
+        parts.task,
+        parts.processor,
+        coordinate,
+        max_rows=config.per_device_train_batch_size,
+        pin_memory=parts.device.type == "cuda",
+    )
+
+
+def _build_evaluator(
+    config: TrainConfig, parts: Parts, coordinate: DataCoordinate, exchange: Exchange
+) -> Evaluator | None:
+    if parts.validation is None or not len(parts.validation):
+        return None
+    return Evaluator(
+        parts.task,
+        parts.processor,
+        parts.validation,
+        exchange,
+        coordinate,
+        parts.device,
+        batch_size=config.per_device_eval_batch_size,
+        max_examples=config.max_eval_examples,
+        seed=config.seed,
+    )

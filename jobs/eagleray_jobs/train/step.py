@@ -1,0 +1,207 @@
+"""One optimizer step: forward and backward over the micro-batches, the loss over the global batch, the update."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from eagleray.config.schema import TrainConfig
+from eagleray.errors import ConfigError, NonFiniteLossError
+from eagleray.parallel import DataCoordinate
+from eagleray.tasks.base import Loss, Task, move
+from eagleray_jobs.train.batches import MicroBatch, StepBatch
+from eagleray_jobs.train.exchange import Exchange, Pending, Totals
+from eagleray_jobs.train.optimizer import set_learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave; equal on every rank.
+
+    Attributes:
+        totals: Loss, count and requests of all ranks.
+        grad_norm: Norm of the gradient before clipping, on the device, shape ().
+    """
+
+    totals: Totals
+    grad_norm: Tensor
+
+
+class TrainStep:
+    """Runs optimizer steps.
+
+    The loss is the sum over the items of the global batch divided by their number. The number is known only
+    after the last forward pass, so gradients are made of sums (divided by a constant that keeps them in
+    range) and scaled once, together with clipping, when the ranks have told each other their counts.
+
+    Args:
+        model: What is called for training (from `apply_layout`).
+        task: Computes the loss.
+        optimizer: Updates the trained parameters of `model`.
+        config: The `train` section.
+        exchange: Carries the totals between the ranks.
+        coordinate: Which slice of the global batch this rank reads.
+        device: Where this rank computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        exchange: Exchange,
+        coordinate: DataCoordinate,
+        device: torch.device,
+    ) -> None:
+        check_precision(config, device)
+        self._model = model
+        self._task = task
+        self._optimizer = optimizer
+        self._config = config
+        self._exchange = exchange
+        self._coordinate = coordinate
+        self._device = device
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
+        self._checked_gradients = False
+
+    def run(self, batch: StepBatch, learning_rate: float, *, stop: bool, saving: bool) -> StepResult:
+        """Take one step.
+
+        Args:
+            batch: This rank's share of the global batch.
+            learning_rate: Of this step.
+            stop: Whether this rank was asked to stop; comes back summed over all ranks.
+            saving: Whether this rank still writes a checkpoint; likewise.
+
+        Raises:
+            NonFiniteLossError: Any rank's loss is NaN or infinite; raised on all of them, before the update.
+        """
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        totals = self._forward_backward(batch, stop, saving)
+        if not math.isfinite(totals.loss):
+            self._raise_non_finite(batch.step)
+        self._check_gradients()
+        self.scaler.unscale_(self._optimizer)
+        grad_norm = self._scale_and_clip(self._gradient_scale(totals))
+        set_learning_rate(self._optimizer, learning_rate)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        return StepResult(totals, grad_norm)
+
+    def _forward_backward(self, batch: StepBatch, stop: bool, saving: bool) -> Totals:
+        """Accumulate gradients; the totals travel while the last backward pass runs."""
+        losses: list[Loss] = []
+        pending: Pending | None = None
+        for index, micro_batch in enumerate(batch.micro_batches):
+            is_last = index == len(batch.micro_batches) - 1
+            with self._gradient_sync(is_last):
+                seed_step(self._config.seed, batch.step, index, self._coordinate.rank)
+                losses.append(self._forward(micro_batch))
+                if is_last and self._device.type == "cpu":
+                    pending = self._send(losses, stop, saving)
+                torch.autograd.backward(self.scaler.scale(losses[-1].total / self._normalizer))
+                losses[-1] = Loss(losses[-1].total.detach(), losses[-1].count)
+        # On a GPU reading the loss waits for the forward pass, so it comes after the backward is queued.
+        return (pending or self._send(losses, stop, saving)).wait()
+
+    def _forward(self, micro_batch: MicroBatch) -> Loss:
+        with self._autocast():
+            loss = self._task.loss(self._model, move(micro_batch.batch, self._device))
+        if micro_batch.filler:
+            return Loss(loss.total * 0.0, loss.count * 0)
+        return loss
+
+    def _send(self, losses: list[Loss], stop: bool, saving: bool) -> Pending:
+        # One copy to the host for both, in float64: counts stay exact.
+        totals = torch.stack([torch.stack([loss.total.detach().double(), loss.count.double()]) for loss in losses])
+        self._local_loss, count = totals.sum(0).tolist()
+        share = (self._local_loss, int(count)) if self._coordinate.counts else (0.0, 0)
+        return self._exchange.start(*share, stop=stop, saving=saving)
+
+    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        if is_last or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if not (self._config.bf16 or self._config.fp16):
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16 if self._config.bf16 else torch.float16)
+
+    @property
+    def _normalizer(self) -> float:
+        """A constant near the number of items, so that summed gradients stay in range."""
+        return float(self._config.global_batch_size)
+
+    def _gradient_scale(self, totals: Totals) -> float:
+        """What turns averaged gradients of sums into gradients of the mean over the global batch."""
+        return self._normalizer * self._coordinate.world / max(totals.count, 1.0)
+
+    def _scale_and_clip(self, scale: float) -> Tensor:
+        """Turn the sums into means and clip them, in one pass; return the norm before clipping."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = get_total_norm(gradients, foreach=True) * scale
+        limit = self._config.max_grad_norm
+        clip = 1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale * clip)
+        return norm
+
+    def _raise_non_finite(self, step: int) -> None:
+        found = self._exchange.first_non_finite(self._local_loss)
+        where = f"{found[1]} on rank {found[0]}" if found else "infinite as a sum over all ranks"
+        raise NonFiniteLossError(f"the loss of step {step} is {where}")
+
+    def _check_gradients(self) -> None:
+        """Once: every trained parameter got a gradient, since DDP would wait for the missing ones."""
+        if self._checked_gradients:
+            return
+        self._checked_gradients = True
+        missing = list(_names_without_gradient(self._model))
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ConfigError(
+                f"the loss does not depend on {len(missing)} trained parameters: {shown}",
+                "name them under model.freeze",
+            )
+
+
+def check_precision(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a precision that the device does not have.
+
+    Raises:
+        ConfigError: `fp16` on a CPU.
+    """
+    if config.fp16 and device.type != "cuda":
+        raise ConfigError(
+            f"train.fp16 needs a GPU, but the workers compute on {device.type}", "set train.bf16 instead"
+        )
+
+
+def seed_step(seed: int, step: int, micro_batch: int, data_rank: int) -> None:
+    """Seed torch, NumPy and `random` from these numbers alone, so that a resumed run draws the same dropout."""
+    digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_batch, data_rank), digest_size=8).digest()
+    value = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+
+
+def _names_without_gradient(model: nn.Module) -> Iterator[str]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            yield name.removeprefix("module.")

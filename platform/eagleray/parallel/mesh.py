@@ -1,0 +1,71 @@
+"""The workers as a DeviceMesh, and where each stands in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from eagleray.config.layout import Layout
+from eagleray.errors import ConfigError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""Axes of the mesh, outermost first, under TorchTitan's names: ranks of one tensor-parallel group share a node."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataCoordinate:
+    """Which part of the global batch a rank reads.
+
+    Attributes:
+        rank: Its slice, 0 .. world - 1. Ranks of one tensor- or pipeline-parallel group share it.
+        world: Number of slices.
+        counts: Whether this rank's loss enters the sum over all ranks: one rank of each slice does.
+    """
+
+    rank: int
+    world: int
+    counts: bool = True
+
+
+def build_mesh(layout: Layout, device_type: str, *, timeout_s: float = 60.0) -> DeviceMesh:
+    """Arrange all ranks of the default process group as a mesh.
+
+    Args:
+        layout: Degrees; their product is the world size.
+        device_type: `cpu` or `cuda`.
+        timeout_s: Seconds after which a collective on the mesh fails. torch's own default is half an hour.
+
+    Raises:
+        ConfigError: The degrees do not multiply to the number of workers.
+    """
+    shape = (layout.pipeline, layout.replicate, layout.shard, layout.tensor)
+    if layout.num_workers != dist.get_world_size():
+        raise ConfigError(
+            f"{layout} = {layout.num_workers}, but there are {dist.get_world_size()} workers",
+            "set the degrees under parallel so that their product is the number of workers",
+        )
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    for axis in AXES:
+        _set_timeout(mesh.get_group(axis), timeout_s)
+    return mesh
+
+
+def data_coordinate(mesh: DeviceMesh) -> DataCoordinate:
+    """Return which slice of the global batch this rank reads."""
+    pp, replicate, shard, tp = mesh.get_coordinate() or (0, 0, 0, 0)
+    shape = dict(zip(AXES, mesh.shape, strict=True))
+    return DataCoordinate(
+        rank=replicate * shape["dp_shard"] + shard,
+        world=shape["dp_replicate"] * shape["dp_shard"],
+        counts=tp == 0 and pp == shape["pp"] - 1,
+    )
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    # `init_device_mesh` takes no timeout for the groups that it makes.
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=timeout_s), group)

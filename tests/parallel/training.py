@@ -1,0 +1,340 @@
+"""A whole training run on the ranks of a group: real models, real store, rows in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eagleray.config.layout import Layout
+from eagleray.config.schema import RunConfig
+from eagleray.models import build_model, model_files
+from eagleray.parallel import build_mesh
+from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.manifest import version_name
+from eagleray.store.objects import ObjectStore
+from eagleray.store.runs import RunHandle, run_dir
+from eagleray.store.saver import CheckpointSaver, SaveResult
+from eagleray.tasks import load_task
+from eagleray.tasks.base import Answer, Batch, Example, Features, Loss, Processor, Task
+from eagleray_jobs.train.loop import Parts, run_loop
+from eagleray_jobs.train.metrics import JsonlFile, MetricSink
+from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
+
+WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty".split()
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 5,
+    "global_batch_size": 64,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "ddp_timeout": 20.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "translation": {
+        "family": "marian",
+        "config": {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "max_position_embeddings": 128,
+        },
+        "tokenizer": {"vocab_size": 300},
+    },
+    "text-classification": {
+        "family": "bert",
+        "config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 128,
+        },
+        "tokenizer": {"vocab_size": 300},
+    },
+}
+
+
+def examples_of(task: str, count: int) -> list[Example]:
+    """Make sentences of 1 to 12 words, deterministically."""
+    draw = random.Random(7)
+    sentences = [[draw.choice(WORDS) for _ in range(draw.randint(1, 12))] for _ in range(count)]
+    if task == "translation":
+        return [{"source": " ".join(words), "target": " ".join(reversed(words))} for words in sentences]
+    return [{"text": " ".join(words), "label": words[0][0]} for words in sentences]
+
+
+def make_config(task: str = "translation", dropout: float = 0.0, layout: int = 1, **train: Any) -> RunConfig:
+    """Make a file for `layout` workers; `train` holds keys of its `train` section."""
+    model = MODELS[task]
+    keys = ["dropout"] if task == "translation" else ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "task": task,
+            "model": {**model, "config": model["config"] | dict.fromkeys(keys, dropout)},
+            "data": {"train": "unused.jsonl"},
+            "train": DEFAULTS | train,
+            "parallel": {"data_parallel_replicate_degree": layout},
+        }
+    )
+
+
+class MemoryRows:
+    """Rows of a split, in memory."""
+
+    def __init__(self, task: Task, processor: Processor, examples: Sequence[Example]) -> None:
+        encoded = [task.encode(example, processor) for example in examples]
+        self._rows = [row.features | {"id": number} for number, row in enumerate(encoded)]
+        self._examples = examples
+        self.lengths = np.array([row.length for row in encoded])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Features:
+        return self._rows[index]
+
+    def example(self, index: int) -> Example:
+        return self._examples[index]
+
+
+class Recording(Task):
+    """A task that notes the rows of every training step, and can spoil a loss."""
+
+    def __init__(self, inner: Task, nan_at: tuple[int, int] | None = None) -> None:
+        super().__init__(inner.config)
+        self._inner = inner
+        self._nan_at = nan_at
+        self.best_metric = inner.best_metric  # type: ignore[misc]
+        self.step = 0
+        self.seen: dict[int, list[int]] = {}
+        self.num_forwards = 0
+
+    def build_processor(self, examples: Any) -> Processor:
+        raise NotImplementedError
+
+    def load_processor(self, files: Mapping[str, bytes]) -> Processor:
+        raise NotImplementedError
+
+    def encode(self, example: Example, processor: Processor, *, answer: bool = False) -> Any:
+        return self._inner.encode(example, processor, answer=answer)
+
+    def collate(self, rows: Sequence[Features], processor: Processor) -> Batch:
+        batch = self._inner.collate(rows, processor)
+        return batch | {"ids": torch.tensor([row["id"] for row in rows])}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        loss = self._inner.loss(model, batch)
+        if model.training:
+            self.num_forwards += 1
+            self.seen.setdefault(self.step, []).extend(batch["ids"].tolist())
+            if self._nan_at == (self.step, dist.get_rank()):
+                return Loss(loss.total * float("nan"), loss.count)
+        return loss
+
+    def predict(
+        self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
+    ) -> list[Answer]:
+        return [{"id": int(number)} for number in batch["ids"]]
+
+    def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+        # In the split's order, whichever rank answered.
+        assert [answer["id"] for answer in answers] == sorted(answer["id"] for answer in answers)
+        return {"answered": float(len(answers)), **_scripted(self.config, self.step)}
+
+
+def _scripted(config: RunConfig, step: int) -> dict[str, float]:
+    """A score that is best at step 4."""
+    return {"quality": 1.0 - abs(step - 4) / 10}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made on all ranks.
+
+    Attributes:
+        config: The file.
+        folder: Where its store and its records are.
+        num_examples: Of the training split.
+        num_validation: Of the validation split.
+        resume_step: Step of the version to go on from.
+        stop_at: (step, rank) at which that rank is asked to stop.
+        kill_at: (step, rank) at which that rank's process ends without a word.
+        abandon_at: Step at which every rank raises `Abandoned`.
+        nan_at: (step, rank) whose loss is NaN.
+    """
+
+    config: RunConfig
+    folder: str
+    num_examples: int = 200
+    num_validation: int = 0
+    resume_step: int | None = None
+    stop_at: tuple[int, int] | None = None
+    kill_at: tuple[int, int] | None = None
+    abandon_at: int | None = None
+    nan_at: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank returns.
+
+    Attributes:
+        result: Of the loop; None if it was abandoned.
+        losses: Logged losses by step (rank 0).
+        records: Logged records (rank 0).
+        tensors: Weights and optimizer state at the end.
+        seen: Row numbers of each training step of this rank.
+        saved: Committed or failed saves, and the step before which the loop told of them.
+        num_forwards: Forward passes in training.
+        num_prunes: How often retention ran here.
+    """
+
+    result: LoopResult | None
+    losses: dict[int, float]
+    records: list[MetricRecord]
+    tensors: dict[str, Tensor]
+    seen: dict[int, list[int]]
+    saved: list[tuple[int, SaveResult]]
+    num_forwards: int
+    num_prunes: int
+
+
+class Abandoned(Exception):
+    """The test ends a run in the middle."""
+
+
+@dataclass
+class TestControl:
+    """Counts the steps, and ends the run as the job says."""
+
+    __test__ = False
+    job: Job
+    task: Recording
+    records: list[MetricRecord] = field(default_factory=list)
+    saves: list[tuple[int, SaveResult]] = field(default_factory=list)
+
+    def stop_requested(self) -> bool:
+        self.task.step += 1
+        here = (self.task.step, dist.get_rank())
+        if here == self.job.kill_at:
+            os._exit(9)
+        if self.task.step == self.job.abandon_at:
+            raise Abandoned
+        return here == self.job.stop_at
+
+    def log(self, record: MetricRecord) -> None:
+        self.records.append(record)
+
+    def saved(self, result: SaveResult) -> None:
+        self.saves.append((self.task.step, result))
+
+
+@lru_cache(maxsize=4)
+def _processor(task_name: str) -> Processor:
+    task = load_task(make_config(task_name))
+    return task.build_processor(examples_of(task_name, 200))
+
+
+def train(job: Job) -> Outcome:
+    """Run the job on this rank, from its checkpoint if it names one."""
+    store = ObjectStore.open(job.folder)
+    layout = Layout(replicate=dist.get_world_size())
+    handle = RunHandle(store, "tiny", 1, 1, f"start{job.resume_step or 0}")
+    if not store.exists("runs/tiny/r1/epochs/00000001.json") and dist.get_rank() == 0:
+        store.put("runs/tiny/r1/epochs/00000001.json", b"{}")
+    processor = _processor(job.config.task)
+    inner = load_task(job.config)
+    task = Recording(inner, job.nan_at)
+    task.step = job.resume_step or 0
+    control = TestControl(job, task)
+    saver = CheckpointSaver(None, handle, layout=layout, config=job.config, timeout_s=20)
+    parts, prunes = _parts(job, task, processor, store, saver)
+    spec = WorkerSpec(job.config, handle, "unused", layout, job.config.train.max_steps)  # type: ignore[union-attr,arg-type]
+    try:
+        result = run_loop(spec, parts, control)
+    except Abandoned:
+        result = None
+    return Outcome(
+        result,
+        {record.step: record.loss for record in control.records},
+        control.records,
+        {name: tensor.detach().clone() for name, tensor in parts.model.state_dict().items()},
+        task.seen,
+        control.saves,
+        task.num_forwards,
+        len(prunes),
+    )
+
+
+def _parts(
+    job: Job, task: Recording, processor: Processor, store: ObjectStore, saver: CheckpointSaver
+) -> tuple[Parts, list[int]]:
+    device = torch.device("cpu")
+    model = build_model(job.config, processor, device)
+    examples = examples_of(job.config.task, job.num_examples + job.num_validation)
+    resume = None
+    if job.resume_step is not None:
+        resume = Checkpoint.open(store, "tiny", version_name(1, job.resume_step))
+    prunes: list[int] = []
+
+    def sinks(step: int) -> list[MetricSink]:
+        path = store.local_path(f"{run_dir('tiny', 1)}/metrics.jsonl")
+        assert path is not None
+        return [JsonlFile(path, step)]
+
+    parts = Parts(
+        model=model,
+        task=task,
+        processor=processor,
+        train=MemoryRows(task, processor, examples[: job.num_examples]),
+        validation=MemoryRows(task, processor, examples[job.num_examples :]),
+        device=device,
+        mesh=build_mesh(Layout(replicate=dist.get_world_size()), "cpu", timeout_s=20),
+        files=model_files(model, job.config, processor),
+        saver=saver,
+        resume=resume,
+        sinks=sinks,
+        prune=lambda: prunes.append(task.step),
+    )
+    return parts, prunes
+
+
+def committed_steps(folder: str) -> list[int]:
+    """Return the steps that the store holds a manifest of."""
+    names = [path.parent.name for path in Path(folder).glob("models/tiny/*/manifest.json")]
+    return sorted(int(name.rsplit("-", 1)[-1]) for name in names)
+
+
+def logged_steps(folder: str) -> list[int]:
+    """Return the steps of metrics.jsonl."""
+    lines = (Path(folder) / "runs/tiny/r1/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def checkpoint_tensors(folder: str, step: int) -> dict[str, Tensor]:
+    """Return every tensor of a version, optimizer state included."""
+    return Checkpoint.open(ObjectStore.open(folder), "tiny", version_name(1, step)).tensors("")
+
+
+def with_train(config: RunConfig, **train: Any) -> RunConfig:
+    """Return the file with other keys in its `train` section."""
+    assert config.train is not None
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+__all__ = ["Job", "Outcome", "committed_steps", "logged_steps", "make_config", "replace", "train", "with_train"]
