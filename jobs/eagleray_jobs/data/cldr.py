@@ -56,11 +56,28 @@ UNITS = (
     "electric-ohm", "angle-degree", "light-lux", "graphics-pixel", "graphics-megapixel", "concentr-karat",
 )  # fmt: skip
 """Units that every language of CLDR names."""
+AMOUNTS = 3500
+TimeFormat = Literal["short", "medium"]
 Interval = Literal["second", "minute", "hour", "day", "week"]
 DURATIONS: Mapping[Interval, int] = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
 ListStyle = Literal["standard", "or"]
 LIST_STYLES: tuple[ListStyle, ...] = get_args(ListStyle)
 NUM_LISTS = 4000
+COMMON: Mapping[str, frozenset[str]] = {
+    "territories": frozenset(
+        "AR AT AU BE BR CA CH CL CN CO CU CZ DE DK DZ EG ES FI FR GB GR HU IE IN IS IT JP KE KR LB LU MA MX "
+        "NG NL NO NZ PE PL PT RO RU SE SN TN TR UA US VN ZA".split()
+    ),
+    "languages": frozenset(
+        "ar bg ca cs da de el en es et eu fi fr ga he hi hr hu id is it ja ko la lt lv mt nl no pl pt ro ru "
+        "sk sl sq sr sv sw th tr uk vi zh".split()
+    ),
+    "currencies": frozenset(
+        "ARS AUD BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HUF ILS INR JPY KRW MAD MXN NGN NOK NZD PEN PLN "
+        "RON RUB SEK THB TND TRY UAH USD VND ZAR".split()
+    ),
+}
+"""What lists and amounts of a translation are made of: few enough to be learnt in a minute or two."""
 TELLING_KINDS = ("territory", "language", "script", "currency", "date", "unit", "amount", "duration", "list")
 PHRASES_PER_KIND = 350
 """About as many of each kind in a language, so that names do not drown among the dates."""
@@ -89,7 +106,7 @@ def translation_examples(source: str, target: str, shares: SplitShares) -> list[
     A text that has several translations is dropped, and of several equal rows the first one stays.
     """
     targets: dict[str, dict[str, Phrase]] = defaultdict(dict)
-    for phrase in phrases((source, target), shares):
+    for phrase in phrases((source, target), shares, common=True):
         said = _typed(phrase.say(source)), phrase.say(target)
         if all(said):
             targets[said[0]].setdefault(said[1], phrase)
@@ -129,16 +146,24 @@ def _thinned(said: Iterable[Phrase]) -> Iterator[Phrase]:
         yield from same_kind[:: max(1, len(same_kind) // PHRASES_PER_KIND)]
 
 
-def phrases(languages: Sequence[str], shares: SplitShares) -> Iterator[Phrase]:
-    """Yield everything there is to say in all of these languages."""
+def phrases(languages: Sequence[str], shares: SplitShares, *, common: bool = False) -> Iterator[Phrase]:
+    """Yield everything there is to say in all of these languages.
+
+    Args:
+        languages: CLDR codes.
+        shares: Which keys are held out; lists and amounts are made of names that are not.
+        common: Make lists and amounts of common names alone.
+    """
     yield from _names(languages)
     yield from _dates()
     yield from _times()
     yield from _units()
-    yield from _amounts(languages, shares)
+    yield from _amounts(_training_codes(languages, "currencies", shares, common))
     yield from _numbers()
     yield from _durations()
-    yield from _lists(languages, shares)
+    yield from _lists(
+        {group: _training_codes(languages, group, shares, common) for group in ("territories", "languages")}
+    )
 
 
 def _names(languages: Sequence[str]) -> Iterator[Phrase]:
@@ -181,11 +206,13 @@ def _date(day: datetime.date, date_format: str, language: str) -> str:
 def _times() -> Iterator[Phrase]:
     for minute in range(24 * 60):
         time = datetime.time(*divmod(minute, 60))
-        yield Phrase("time", f"time:{time:%H:%M}", partial(_time, time))
+        yield Phrase("time", f"time:{time:%H:%M}", partial(_time, time, "short"))
+        with_seconds = time.replace(second=_draw(f"second {time}", range(60)))
+        yield Phrase("time", f"time:{time:%H:%M}", partial(_time, with_seconds, "medium"))
 
 
-def _time(time: datetime.time, language: str) -> str:
-    return format_time(time, "short", locale=language)
+def _time(time: datetime.time, width: TimeFormat, language: str) -> str:
+    return format_time(time, width, locale=language)
 
 
 def _units() -> Iterator[Phrase]:
@@ -198,10 +225,9 @@ def _unit(unit: str, number: float, language: str) -> str:
     return format_unit(number, unit, locale=language)
 
 
-def _amounts(languages: Sequence[str], shares: SplitShares) -> Iterator[Phrase]:
-    """Yield sums of money, in currencies whose names are not held out."""
-    for code in _training_codes(languages, "currencies", shares):
-        for number in _some_numbers(f"amount {code}", 12):
+def _amounts(codes: Sequence[str]) -> Iterator[Phrase]:
+    for code in codes:
+        for number in _some_numbers(f"amount {code}", AMOUNTS // len(codes)):
             yield Phrase("amount", f"number:{number}", partial(_amount, code, number))
 
 
@@ -235,13 +261,12 @@ def _duration(unit: Interval, delta: datetime.timedelta, language: str) -> str:
     return format_timedelta(delta, granularity=unit, threshold=10**9, add_direction=True, locale=language)
 
 
-def _lists(languages: Sequence[str], shares: SplitShares) -> Iterator[Phrase]:
-    """Yield lists of two to four territories or languages whose names are not held out.
+def _lists(codes: Mapping[str, Sequence[str]]) -> Iterator[Phrase]:
+    """Yield lists of two to four territories or languages.
 
     The key is the set of members, so that no other order of them is in another split.
     """
-    found = {group: _training_codes(languages, group, shares) for group in ("territories", "languages")}
-    pools = {group: codes for group, codes in found.items() if codes}
+    pools = {group: found for group, found in codes.items() if found}
     for n in range(NUM_LISTS if pools else 0):
         group = _draw(f"list {n} group", tuple(pools))
         size = _draw(f"list {n} size", range(2, 5))
@@ -256,9 +281,14 @@ def _list(group: str, members: Sequence[str], style: ListStyle, language: str) -
     return format_list([names[code] for code in members], style=style, locale=language)
 
 
-def _training_codes(languages: Sequence[str], group: str, shares: SplitShares) -> list[str]:
+def _training_codes(languages: Sequence[str], group: str, shares: SplitShares, common: bool) -> list[str]:
+    """Return the codes whose names are not held out: what is made of them gives nothing away."""
     kind = KIND_OF_NAME[group]
-    return [code for code in _shared_codes(languages, group) if shares.of(f"{kind}:{code}") == "train"]
+    return [
+        code
+        for code in _shared_codes(languages, group)
+        if shares.of(f"{kind}:{code}") == "train" and (not common or code in COMMON[group])
+    ]
 
 
 def _some_numbers(what: str, count: int) -> list[float]:

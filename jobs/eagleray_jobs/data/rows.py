@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Protocol
 
 from eagleray.errors import DataError
@@ -47,6 +46,10 @@ class Piece(Protocol):
     def split(self) -> Split | None:
         """The split of all its rows; None: the key of each row decides."""
 
+    @property
+    def folder(self) -> str | None:
+        """Where paths in the rows begin, with the closing slash; None: there are no paths."""
+
     def rows(self) -> Iterator[Row]:
         """Read the rows, in their order."""
 
@@ -74,53 +77,9 @@ class ListPiece:
     first: int
     values: tuple[Mapping[str, Any], ...]
     split: Split | None = None
+    folder: str | None = None
 
     def rows(self) -> Iterator[Row]:
         """Read the rows."""
         for number, values in enumerate(self.values, self.first):
             yield Row(f"{self.name}:{number}", values)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_label(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, Real) and float(value).is_integer())
-
-
-def _is_image(value: object) -> bool:
-    return isinstance(value, str | bytes)
-
-
-CHECKS: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "source": (_is_text, "text"),
-    "target": (_is_text, "text"),
-    "text": (_is_text, "text"),
-    "label": (_is_label, "a word or a whole number"),
-    "image": (_is_image, "a path or bytes"),
-}
-"""What the columns of the built-in tasks may hold; a task of the user's own checks its columns itself."""
-
-
-def find_problem(values: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    """Return why a row cannot be used, or None: a column is missing, empty or of the wrong type."""
-    for column in columns:
-        if column not in values:
-            return f"column {column!r} is missing; the row has {', '.join(map(repr, values)) or 'no columns'}"
-        value = values[column]
-        if value is None or (isinstance(value, str | bytes) and not value.strip()):
-            return f"column {column!r} is empty"
-        if column in CHECKS and not CHECKS[column][0](value):
-            return f"column {column!r} must be {CHECKS[column][1]}, found {type(value).__name__} {value!r:.80}"
-        if isinstance(value, str) and (problem := _find_text_problem(value)):
-            return f"column {column!r} {problem}"
-    return None
-
-
-def _find_text_problem(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds a lone surrogate at character {error.start}, which is no valid Unicode"
-    return None

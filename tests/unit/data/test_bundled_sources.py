@@ -8,7 +8,7 @@ import pytest
 
 from eagleray.config.schema import DataConfig
 from eagleray.errors import DataError
-from eagleray_jobs.data.rows import find_problem
+from eagleray_jobs.data.examples import find_problem
 from eagleray_jobs.data.sources import open_source, split_shares
 
 
