@@ -19,6 +19,8 @@
     |   |-- WorkerError                        a worker raised or died
     |   `-- NonFiniteLossError                 the loss became NaN or infinite
     |-- ServingError                  exit 1   a server could not be started, reached or stopped
+    |   |-- RequestTimeoutError                no answer within the time of the request
+    |   `-- ModelStoppedError                  the model was stopped before it answered
     `-- InterruptedRunError           exit 130 or 143   stopped by a signal, after committing
 """
 
@@ -117,6 +119,14 @@ class NonFiniteLossError(RunFailedError):
 
 class ServingError(EaglerayError):
     """A server could not be started, reached or stopped."""
+
+
+class RequestTimeoutError(ServingError):
+    """There was no answer within the time of the request."""
+
+
+class ModelStoppedError(ServingError):
+    """The model was stopped before it answered."""
 
 
 class InterruptedRunError(EaglerayError):

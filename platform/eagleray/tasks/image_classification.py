@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,8 @@ from eagleray.tasks.tokenizer import as_directory, save_to_files
 MAX_PIXELS = 50_000_000
 """Largest image that is opened: a small file may unpack to gigabytes."""
 
+# Not among them: EPS, which Pillow hands to Ghostscript, a program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _PROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -158,7 +161,9 @@ def _open(data: bytes) -> Any:
     except ImportError:
         raise ConfigError("images need Pillow", "pip install 'eagleray[images]'") from None
     try:
-        image = Image.open(BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            image = Image.open(BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DataError(f"column 'image': {width} x {height} pixels are more than {MAX_PIXELS:,}")

@@ -11,7 +11,7 @@ from eagleray.hub import locate_pretrained
 from eagleray.tasks import rows
 from eagleray.tasks.base import Batch, Encoded, Example, Features, Head, Processor
 from eagleray.tasks.classification import ClassificationTask, labels_file, pretrained_labels, read_labels
-from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, train_classifier_tokenizer
+from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, tokenise, train_classifier_tokenizer
 
 
 class TextClassificationProcessor(Processor):
@@ -62,10 +62,8 @@ class TextClassificationTask(ClassificationTask):
             DataError: The text is missing, empty or no text, or the label is unknown.
         """
         assert isinstance(processor, TextClassificationProcessor)
-        text, longest = rows.read_text(example, "text"), self.config.data.max_source_length
-        ids = list(processor.tokenizer(text).input_ids)
-        if truncated := len(ids) > longest:
-            ids = list(processor.tokenizer(text, truncation=True, max_length=longest).input_ids)
+        text = rows.read_text(example, "text")
+        ids, truncated = tokenise(processor.tokenizer, text, self.config.data.max_source_length)
         features: Features = {"input_ids": ids}
         if not answer:
             features["label"] = rows.label_number(example, processor.labels)

@@ -67,6 +67,20 @@ def _train(
     )
 
 
+def tokenise(tokenizer: Any, text: str, max_length: int, *, target: bool = False) -> tuple[list[int], bool]:
+    """Return the tokens of a text, cut to `max_length` with the closing tokens kept, and whether it was cut.
+
+    The tokenizer's own truncation would change its state, and another thread may be decoding with it.
+    """
+    given = {"text_target": text} if target else {"text": text}
+    encoding = tokenizer(**given, return_special_tokens_mask=True, verbose=False)
+    ids, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
+    if len(ids) <= max_length:
+        return ids, False
+    num_closing = next((i for i, flag in enumerate(reversed(special)) if not flag), 0)
+    return ids[: max_length - num_closing] + ids[len(ids) - num_closing :], True
+
+
 def save_to_files(save: Callable[[str], Any]) -> dict[str, bytes]:
     """Return what one of Hugging Face's `save_pretrained` methods writes, by file name."""
     with TemporaryDirectory(prefix="eagleray-") as directory:

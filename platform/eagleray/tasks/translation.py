@@ -19,7 +19,7 @@ from eagleray.tasks import rows
 from eagleray.tasks.base import Answer, Batch, Encoded, Example, Features, Head, Loss, Processor, Task
 from eagleray.tasks.scores import sacrebleu_signatures, score_by_kind, score_translations
 from eagleray.tasks.sentences import join_pieces, split_text
-from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, train_seq2seq_tokenizer
+from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, tokenise, train_seq2seq_tokenizer
 
 _SETTINGS_FILE = "eagleray_processor.json"
 
@@ -61,15 +61,13 @@ class TranslationProcessor(Processor):
         """Rebuild the processor from the files of a checkpoint."""
         return cls(load_tokenizer(files), TranslationSettings(**json.loads(files[_SETTINGS_FILE])))
 
-    def source_ids(self, text: str, max_length: int | None = None) -> list[int]:
-        """Return the tokens of an input, cut to `max_length` with the closing token kept."""
-        text = self.settings.prefix + text
-        return list(self.tokenizer(text, truncation=max_length is not None, max_length=max_length).input_ids)
+    def source_ids(self, text: str, max_length: int) -> tuple[list[int], bool]:
+        """Return the tokens of an input, and whether they were cut to `max_length`."""
+        return tokenise(self.tokenizer, self.settings.prefix + text, max_length)
 
-    def target_ids(self, text: str, max_length: int | None = None) -> list[int]:
-        """Return the tokens of a target, cut to `max_length` with the closing token kept."""
-        cut = max_length is not None
-        return list(self.tokenizer(text_target=text, truncation=cut, max_length=max_length).input_ids)
+    def target_ids(self, text: str, max_length: int) -> tuple[list[int], bool]:
+        """Return the tokens of a target, and whether they were cut to `max_length`."""
+        return tokenise(self.tokenizer, text, max_length, target=True)
 
     def decoder_inputs(self, target: Sequence[int]) -> list[int]:
         """Return the decoder's inputs: the target moved one to the right."""
@@ -118,10 +116,10 @@ class TranslationTask(Task):
             DataError: A side is missing, empty or no text.
         """
         assert isinstance(processor, TranslationProcessor)
-        source, cut = _cut(processor.source_ids, rows.read_text(example, "source"), self.max_source_length)
+        source, cut = processor.source_ids(rows.read_text(example, "source"), self.max_source_length)
         if answer:
             return Encoded({"input_ids": source}, len(source), cut)
-        target, target_cut = _cut(processor.target_ids, rows.read_text(example, "target"), self.max_target_length)
+        target, target_cut = processor.target_ids(rows.read_text(example, "target"), self.max_target_length)
         length = max(len(source), len(target))
         return Encoded({"input_ids": source, "labels": target}, length, cut or target_cut)
 
@@ -185,7 +183,7 @@ class TranslationTask(Task):
         """Cut a text at its sentences into texts that fit."""
         assert isinstance(processor, TranslationProcessor)
         text = rows.read_text(example, "source")
-        pieces = split_text(text, lambda piece: len(processor.source_ids(piece)) <= self.max_source_length)
+        pieces = split_text(text, lambda piece: not processor.source_ids(piece, self.max_source_length)[1])
         return [{**example, "source": piece} for piece in pieces]
 
     def join(self, example: Example, parts: Sequence[Example], answers: Sequence[Answer]) -> Answer:
@@ -231,8 +229,3 @@ def pretrained_processor(config: RunConfig) -> TranslationProcessor:
 def _task_prefix(model: Mapping[str, Any], source: str, target: str) -> str:
     task = (model.get("task_specific_params") or {}).get(f"translation_{source}_to_{target}") or {}
     return str(task.get("prefix", ""))
-
-
-def _cut(tokenise: Any, text: str, max_length: int) -> tuple[list[int], bool]:
-    ids = tokenise(text)
-    return (ids, False) if len(ids) <= max_length else (tokenise(text, max_length), True)

@@ -1,0 +1,250 @@
+"""A checkpoint that answers: encode, sort by length, cut into micro-batches, run, restore the order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from eagleray.config.schema import RunConfig
+from eagleray.engine.plan import BatchLimits, cut_batches
+from eagleray.errors import DataError
+from eagleray.models import load_weights, restore_model
+from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
+
+logger = logging.getLogger(__name__)
+
+
+class OpenedCheckpoint(Protocol):
+    """What an engine reads of a committed version."""
+
+    @property
+    def ref(self) -> str:
+        """Its full reference."""
+
+    def config(self) -> RunConfig:
+        """The file of its run."""
+
+    def files(self) -> dict[str, bytes]:
+        """What stands beside the weights."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, under the model's own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemError:
+    """An item that could not be answered; the others of its batch were.
+
+    Attributes:
+        code: `invalid_item`: it cannot be used; `too_long`: it is longer than the model's limit and cannot be
+            split; `model_failed`: the model raised on it.
+        message: What happened, with the value and the limit.
+        hint: What to do about it.
+    """
+
+    code: Literal["invalid_item", "too_long", "model_failed"]
+    message: str
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An item as the model takes it: in one part, or in several where a long text was split.
+
+    Attributes:
+        example: The item.
+        parts: What the model is asked, each an item of its own.
+        features: Encoded parts.
+        lengths: Tokens of each part.
+    """
+
+    example: Example
+    parts: tuple[Example, ...]
+    features: tuple[Features, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all parts: what admission counts."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """What an HTTP layer needs to know of a loaded model.
+
+    Attributes:
+        ref: Full reference, `en-fr@r2-step-00001200`.
+        name: Name of the model.
+        version: `r2-step-00001200`.
+        task: The task as the file names it.
+        route: The route that it answers.
+        input_columns: Columns of an item.
+        labels: Class names; empty where there are none.
+        source_lang: Language of the input of a translation.
+        target_lang: Language of its output.
+        max_tokens: Longest item that is answered in one part; None: no limit.
+    """
+
+    ref: str
+    name: str
+    version: str
+    task: str
+    route: Literal["translate", "classify", "predict"]
+    input_columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    source_lang: str | None
+    target_lang: str | None
+    max_tokens: int | None
+
+
+class Engine:
+    """A model in memory, its task and its processor.
+
+    `prepare` and `run` may be called from two different threads; each of them from one at a time.
+
+    Args:
+        model: The model, with its weights.
+        task: Its task.
+        processor: Its processor.
+        ref: Full reference of its version.
+        limits: What one micro-batch may hold.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        processor: Processor,
+        *,
+        ref: str,
+        limits: BatchLimits,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.task = task
+        self.processor = processor
+        self.limits = limits
+        self.summary = _summarise(task, processor, ref)
+
+    def answer(
+        self, items: Sequence[Example], options: Mapping[str, Any] | None = None
+    ) -> list[Answer | ItemError]:
+        """Answer items, each for itself, in their order.
+
+        Args:
+            items: Rows with the task's input columns.
+            options: What a request may set; the task knows its keys.
+        """
+        prepared = [self.prepare(item) for item in items]
+        answers = iter(self.run([item for item in prepared if isinstance(item, Prepared)], options))
+        return [item if isinstance(item, ItemError) else next(answers) for item in prepared]
+
+    def prepare(self, item: Example) -> Prepared | ItemError:
+        """Encode an item; one that is too long is split where the task can."""
+        try:
+            encoded = self.task.encode(item, self.processor, answer=True)
+            if not encoded.truncated:
+                return Prepared(item, (item,), (encoded.features,), (encoded.length,))
+            parts = self.task.split(item, self.processor)
+            pieces = [self.task.encode(part, self.processor, answer=True) for part in parts]
+        except DataError as error:
+            return ItemError("invalid_item", error.message, error.hint)
+        if any(piece.truncated for piece in pieces):
+            return self._too_long(splitting=len(parts) > 1)
+        features, lengths = [piece.features for piece in pieces], [piece.length for piece in pieces]
+        return Prepared(item, tuple(parts), tuple(features), tuple(lengths))
+
+    def run(self, items: Sequence[Prepared], options: Mapping[str, Any] | None = None) -> list[Answer | ItemError]:
+        """Answer prepared items, in their order."""
+        features = [row for item in items for row in item.features]
+        lengths = [length for item in items for length in item.lengths]
+        answers: list[Answer | ItemError | None] = [None] * len(features)
+        for batch in cut_batches(lengths, self.limits):
+            found = self._run_rows([features[row] for row in batch], options or {})
+            for row, answer in zip(batch, found, strict=True):
+                answers[row] = answer
+        remaining = iter(answers)
+        return [self._join(item, [next(remaining) for _ in item.parts]) for item in items]
+
+    def _run_rows(self, rows: Sequence[Features], options: Mapping[str, Any]) -> list[Answer | ItemError]:
+        """Answer one micro-batch; when it fails, its halves, so that only the item at fault fails."""
+        try:
+            batch = move(self.task.collate(rows, self.processor), self.device)
+            answers = self.task.predict(self.model, batch, self.processor, options)
+            if len(answers) != len(rows):
+                raise ValueError(
+                    f"{type(self.task).__name__}.predict gave {len(answers)} answers to {len(rows)} items"
+                )
+        except Exception as error:
+            if len(rows) == 1:
+                logger.exception("%s failed on an item", self.summary.ref)
+                return [
+                    ItemError("model_failed", f"the model failed on this item: {type(error).__name__}: {error}")
+                ]
+            half = len(rows) // 2
+            return [*self._run_rows(rows[:half], options), *self._run_rows(rows[half:], options)]
+        return list(answers)
+
+    def _join(self, item: Prepared, answers: Sequence[Answer | ItemError | None]) -> Answer | ItemError:
+        found: list[Answer] = []
+        for answer in answers:
+            assert answer is not None, "every part belongs to one micro-batch"
+            if isinstance(answer, ItemError):
+                return answer
+            found.append(answer)
+        return found[0] if len(found) == 1 else self.task.join(item.example, item.parts, found)
+
+    def _too_long(self, *, splitting: bool) -> ItemError:
+        limit = f"{self.summary.max_tokens} tokens" if self.summary.max_tokens else "model's limit"
+        if splitting:
+            return ItemError(
+                "too_long", f"a sentence is longer than the limit of {limit}", "split it into shorter ones"
+            )
+        return ItemError("too_long", f"the item is longer than the limit of {limit}", "shorten it")
+
+
+def load_engine(
+    checkpoint: OpenedCheckpoint, device: torch.device | str = "cpu", limits: BatchLimits | None = None
+) -> Engine:
+    """Load a committed version for inference.
+
+    Args:
+        checkpoint: The opened version.
+        device: Where the model runs.
+        limits: What one micro-batch may hold; default: the `serve` section of its file.
+
+    Raises:
+        CheckpointDamagedError: Its weights do not fit its model.
+        ConfigError: Its task or factory cannot be imported here.
+    """
+    config, files = checkpoint.config(), checkpoint.files()
+    task = load_task(config)
+    model = restore_model(config, files)
+    load_weights(model, checkpoint.tensors())
+    limits = limits or BatchLimits(config.serve.max_batch_size, config.serve.max_batch_tokens)
+    return Engine(model, task, task.load_processor(files), ref=checkpoint.ref, limits=limits, device=device)
+
+
+def _summarise(task: Task, processor: Processor, ref: str) -> ModelSummary:
+    translating = task.route == "translate"
+    name, _, version = ref.partition("@")
+    return ModelSummary(
+        ref=ref,
+        name=name,
+        version=version,
+        task=task.config.task,
+        route=task.route,
+        input_columns=tuple(task.input_columns),
+        labels=tuple(processor.labels),
+        source_lang=task.config.data.source_lang if translating else None,
+        target_lang=task.config.data.target_lang if translating else None,
+        max_tokens=task.max_length(processor),
+    )
