@@ -49,6 +49,11 @@ def run_dir(name: str, run: int) -> str:
     return f"runs/{name}/r{run}"
 
 
+def run_key(name: str, run: int) -> str:
+    """The key of a run's record."""
+    return f"{run_dir(name, run)}/run.json"
+
+
 def epoch_key(name: str, run: int, epoch: int, suffix: str = "") -> str:
     """The key of an ownership's record; the suffix `.stop` or `.end` of what belongs to it."""
     return f"{run_dir(name, run)}/epochs/{epoch:08d}{suffix}.json"
@@ -57,7 +62,9 @@ def epoch_key(name: str, run: int, epoch: int, suffix: str = "") -> str:
 def run_numbers(store: ObjectStore, name: str) -> list[int]:
     """The numbers of a name's runs, in order."""
     matches = [_RUN.fullmatch(child) for child in store.children(f"runs/{name}")]
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = sorted(int(match[1]) for match in matches if match)
+    # A folder is there before the first record in it.
+    return [number for number in numbers if store.exists(run_key(name, number))]
 
 
 def highest_epoch(store: ObjectStore, name: str, run: int) -> int | None:

@@ -1,0 +1,74 @@
+"""Whether `train` on a name that exists goes on, is done, or is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from versions_made import config
+
+from eagleray.store.decide import AlreadyFinished, Continue, Decision, Outcome, Refuse, RunState, Start, decide
+
+OLD = config().model_dump(mode="json")
+
+
+def decision(outcome: Outcome | None = None, *, new_run: bool = False, **changes: Any) -> Decision:
+    new = config(**changes).model_dump(mode="json")
+    return decide(RunState(2, OLD, outcome), new, new_run=new_run)
+
+
+def test_a_name_without_a_run_begins_one() -> None:
+    assert decide(None, OLD, new_run=False) == Start(1)
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.INTERRUPTED, Outcome.FAILED, Outcome.SUPERSEDED])
+def test_an_unfinished_run_goes_on(outcome: Outcome | None) -> None:
+    assert decision(outcome) == Continue(2)
+
+
+def test_a_finished_run_is_done() -> None:
+    assert decision(Outcome.FINISHED) == AlreadyFinished(2)
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
+def test_a_longer_run_goes_on_and_says_by_how_much(outcome: Outcome | None) -> None:
+    assert decision(outcome, train={"max_steps": 20}) == Continue(2, ("train.max_steps", 10, 20))
+
+
+def test_a_shorter_run_is_refused() -> None:
+    assert decision(train={"max_steps": 5}) == Refuse(2, {"train.max_steps": (10, 5)})
+
+
+def test_steps_are_not_exchanged_for_epochs() -> None:
+    refused = decision(train={"max_steps": None, "num_train_epochs": 3.0})
+    assert refused == Refuse(2, {"train.max_steps": (10, None), "train.num_train_epochs": (None, 3.0)})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"store": "./elsewhere"},
+        {"code": ["./mine"]},
+        {"parallel": {"data_parallel_replicate_degree": 3}},
+        {"resources": {"num_workers": 3}},
+        {"serve": {"num_replicas": 2}},
+        {"train": {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}},
+        {"train": {"stop_at_step": 5, "max_failures": 0, "ddp_timeout": 5.0, "report_to": ["tensorboard"]}},
+        {"train": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}},
+    ],
+)
+def test_what_does_not_change_the_result_may_change(changes: dict[str, Any]) -> None:
+    assert decision(**changes) == Continue(2)
+    assert decision(Outcome.FINISHED, **changes) == AlreadyFinished(2)
+
+
+def test_any_other_change_is_refused_with_its_keys() -> None:
+    refused = decision(
+        train={"learning_rate": 0.5, "max_steps": 20}, model={"family": "marian", "config": {"d_model": 8}}
+    )
+    assert refused == Refuse(2, {"model.config.d_model": (None, 8), "train.learning_rate": (5e-05, 0.5)})
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
+def test_a_new_run_may_be_anything(outcome: Outcome | None) -> None:
+    assert decision(outcome, new_run=True, train={"learning_rate": 0.5}) == Start(3)
