@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from eagleray_jobs.submit import commands as submit
+
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    submit.register(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsonlib
 from pathlib import Path
 from typing import Annotated
@@ -9,18 +10,23 @@ from typing import Annotated
 import typer
 
 from eagleray.console import (
+    AddressOption,
     JsonOption,
     Output,
     StoreOption,
     VerboseOption,
     reporting,
+    store_location,
 )
+
+DEFAULT_PORT = 8000
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
     app.command()(init)
     app.command()(validate)
+    app.command()(doctor)
 
 
 def init(
@@ -64,6 +70,30 @@ def validate(
             out.result(file_schema(), jsonlib.dumps(file_schema(), indent=2))
             return
         _validate(out, files or [], store)
+
+
+def doctor(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = DEFAULT_PORT,
+    store: StoreOption = None,
+    address: AddressOption = None,
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Look whether this machine, the store and Ray can do what is needed."""
+    with reporting(json=json, verbose=verbose) as out:
+        from eagleray.doctor import examine, standard_probes
+
+        found = []
+        for name, finding in examine(standard_probes(store_location(store), address, port)):
+            found.append({"name": name, **dataclasses.asdict(finding)})
+            out.note(f"{finding.status:<8} {name}: {finding.found}")
+            if finding.hint is not None:
+                out.note(f"{'':<8} {finding.hint}")
+        failed = [check["name"] for check in found if check["status"] == "failed"]
+        summary = f"failed: {', '.join(failed)}" if failed else "ready"
+        out.result({"ready": not failed, "checks": found}, summary)
+        if failed:
+            raise typer.Exit(1)
 
 
 def _validate(out: Output, arguments: list[str], store: str | None) -> None:
