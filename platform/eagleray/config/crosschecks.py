@@ -22,7 +22,8 @@ SOURCE_TASKS = {
 
 def cross_problems(config: RunConfig) -> list[Problem]:
     """Return what does not fit together in a file whose sections are right, each for itself."""
-    found = [_family_fits_task(config), _source_fits_task(config), _layout_fits_workers(config)]
+    rules = (_family_fits_task, _training_has_data, _source_fits_task, _layout_fits_workers)
+    found = [rule(config) for rule in rules]
     return [problem for problem in found if problem is not None]
 
 
@@ -68,6 +69,12 @@ def _family_fits_task(config: RunConfig) -> Problem | None:
     message = f"model.family {config.model.family} is made for {family.task}, but task is {config.task}"
     fitting = " or ".join(name for name, other in FAMILIES.items() if other.task == config.task)
     return Problem(("model", "family"), f"{message}; set model.family to {fitting}")
+
+
+def _training_has_data(config: RunConfig) -> Problem | None:
+    if config.train is None or config.data.source is not None or config.data.train is not None:
+        return None
+    return Problem(("data",), "data: set either source or train (files); found neither")
 
 
 def _source_fits_task(config: RunConfig) -> Problem | None:

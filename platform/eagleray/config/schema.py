@@ -140,9 +140,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.source is None) == (self.train is None):
-            found = "both" if self.source is not None else "neither"
-            raise ValueError(f"set either source or train (files); found {found}")
+        if self.source is not None and self.train is not None:
+            raise ValueError("set either source or train (files); found both")
         if self.validation_split + self.test_split >= 1:
             raise ValueError(
                 f"validation_split {self.validation_split} + test_split {self.test_split} leave nothing to train"
@@ -365,7 +364,10 @@ class RunConfig(Section):
         "to this file; they travel along.",
     )
     model: ModelConfig = Field(description="The model.")
-    data: DataConfig = Field(description="The examples.")
+    data: DataConfig = Field(
+        default_factory=DataConfig,
+        description="The examples; a file that only serves needs no more than their languages and lengths.",
+    )
     train: TrainConfig | None = Field(None, description="How it is trained; a file that only serves needs none.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How the work is cut.")
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="What the workers ask for.")

@@ -33,7 +33,7 @@ def _model(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    return str(config.data.source or config.data.train)
+    return str(config.data.source or config.data.train or "none")
 
 
 def _train(config: RunConfig) -> str:

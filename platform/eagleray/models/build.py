@@ -42,7 +42,9 @@ def build_model(config: RunConfig, processor: Processor, device: torch.device | 
     if config.model.factory is not None:
         model = _call_factory(config.model, processor, seed)
     elif config.model.pretrained is not None:
-        model = _open_pretrained(config, processor, seed)
+        model, new = open_pretrained(config, processor)
+        if new:
+            initialize(model, seed, only=new)
     else:
         model = _build_family(config, processor)
         materialize(model, device)
@@ -87,6 +89,7 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
     names = (CONFIG_FILE, GENERATION_FILE)
     with as_directory({name: files[name] for name in names if name in files}) as directory:
         hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        hf_config.name_or_path = ""  # a temporary directory, which must not travel on
         with torch.device("meta"):
             model = _auto_class(config).from_config(hf_config, trust_remote_code=False, dtype=torch.float32)
         if GENERATION_FILE in files:
@@ -212,8 +215,15 @@ def _auto_class(config: RunConfig) -> Any:
     return getattr(transformers, _AUTO_CLASSES[head])
 
 
-def _open_pretrained(config: RunConfig, processor: Processor, seed: int) -> nn.Module:
-    """Open a checkpoint; a head of other classes than its own is made anew."""
+def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module, set[str]]:
+    """Open the checkpoint of `model.pretrained`, float32.
+
+    Returns:
+        The model, and the parameters that the checkpoint does not hold: the head, where its classes are others.
+
+    Raises:
+        ConfigError: It cannot be opened safely, or `model.config` names a key that it does not have.
+    """
     import transformers
 
     directory = locate_pretrained(config.model)
@@ -238,9 +248,8 @@ def _open_pretrained(config: RunConfig, processor: Processor, seed: int) -> nn.M
         output_loading_info=True,
     )
     new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
-    if new:
-        initialize(model, seed, only=new)
-    return model  # type: ignore[no-any-return]
+    model.config.name_or_path = ""  # a directory of this machine, which must not travel in a checkpoint
+    return model, new
 
 
 def _call_factory(model: ModelConfig, processor: Processor, seed: int) -> nn.Module:

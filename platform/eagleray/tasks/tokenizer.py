@@ -85,9 +85,8 @@ def save_to_files(save: Callable[[str], Any]) -> dict[str, bytes]:
     """Return what one of Hugging Face's `save_pretrained` methods writes, by file name."""
     with TemporaryDirectory(prefix="eagleray-") as directory:
         save(directory)
-        root = Path(directory)
-        paths = sorted(path for path in root.rglob("*") if path.is_file())
-        return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+        paths = sorted(path for path in Path(directory).iterdir() if path.is_file())
+        return {path.name: path.read_bytes() for path in paths}
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class TranslationProcessor(Processor):
         self.settings = settings
         self.pad_token_id = int(tokenizer.pad_token_id)
         if hasattr(tokenizer, "src_lang"):  # mBART, NLLB, M2M100 write the language into the text
+            _check_languages(tokenizer, settings)
             tokenizer.src_lang, tokenizer.tgt_lang = settings.source_lang, settings.target_lang
 
     def files(self) -> dict[str, bytes]:
@@ -229,3 +230,10 @@ def pretrained_processor(config: RunConfig) -> TranslationProcessor:
 def _task_prefix(model: Mapping[str, Any], source: str, target: str) -> str:
     task = (model.get("task_specific_params") or {}).get(f"translation_{source}_to_{target}") or {}
     return str(task.get("prefix", ""))
+
+
+def _check_languages(tokenizer: Any, settings: TranslationSettings) -> None:
+    for key, code in (("source_lang", settings.source_lang), ("target_lang", settings.target_lang)):
+        if tokenizer.convert_tokens_to_ids(code) in (None, tokenizer.unk_token_id):
+            known = ", ".join(token for token in tokenizer.all_special_tokens if "_" in token)
+            raise ConfigError(f"data.{key}: {code!r} is no language of this multilingual model", f"it has {known}")
