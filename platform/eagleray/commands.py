@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from eagleray import store_commands
 from eagleray.console import (
     AddressOption,
     JsonOption,
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command()(init)
     app.command()(validate)
     app.command()(doctor)
+    store_commands.register(app)
 
 
 def init(

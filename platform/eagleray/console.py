@@ -23,12 +23,15 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import IO, Annotated, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from eagleray.config.loader import LoadedFile, load_files, resolve_store, split_arguments
-from eagleray.errors import EaglerayError
+from eagleray.errors import EaglerayError, NotFoundError
+
+if TYPE_CHECKING:
+    from eagleray.store.objects import ObjectStore
 
 INTERRUPTED = 130
 
@@ -167,6 +170,21 @@ def group(app: typer.Typer, name: str, help: str) -> typer.Typer:
 def store_location(option: str | None) -> str:
     """Choose the store of a verb that reads no file: `--store`, else `EAGLERAY_STORE`, else `./store`."""
     return resolve_store(option, None)
+
+
+def existing_store(option: str | None) -> ObjectStore:
+    """Open the store of a verb that only looks: a directory that is not there is not made.
+
+    Raises:
+        NotFoundError: There is no such directory.
+    """
+    from eagleray.store.objects import ObjectStore
+    from eagleray.store.uri import parse_store_uri
+
+    location = parse_store_uri(store_location(option))
+    if location.path is not None and not location.path.is_dir():
+        raise NotFoundError(f"there is no store at {location}", "Name it with --store or EAGLERAY_STORE.")
+    return ObjectStore.open(str(location))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

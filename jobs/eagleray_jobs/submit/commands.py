@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +13,14 @@ from eagleray.console import (
     Output,
     StoreOption,
     VerboseOption,
+    existing_store,
     group,
     reporting,
-    store_location,
     table,
 )
+
+if TYPE_CHECKING:
+    from eagleray.store.objects import ObjectStore
 
 JobsAddressOption = Annotated[
     str | None,
@@ -57,6 +60,7 @@ def submit(
 ) -> None:
     """Submit a verb to a cluster; ships this eagleray, the files and their code."""
     with reporting(json=json, verbose=verbose) as out:
+        from eagleray.store.objects import ObjectStore
         from eagleray_jobs.submit.api import choose_address
         from eagleray_jobs.submit.parcel import pack
 
@@ -66,7 +70,7 @@ def submit(
         for each in parcel.loaded:
             for warning in each.warnings:
                 out.warn(f"{each.path}: {warning}")
-        jobs = _open(parcel.store, None)
+        jobs = _open(ObjectStore.open(parcel.store), None)
         record = jobs.submit(parcel, choose_address(address))
         if follow:
             _follow(out, jobs, record.id)
@@ -85,7 +89,7 @@ def list_jobs(
 ) -> None:
     """List the jobs of a store, the newest last."""
     with reporting(json=json, verbose=verbose) as out:
-        found = _open(store_location(store), address).all()
+        found = _open(existing_store(store), address).all()
         rows = [(each.record.id, each.record.verb, each.state, each.record.submitted[:19]) for each in found]
         text = table(("JOB", "VERB", "STATE", "SUBMITTED"), rows) if rows else "no jobs"
         out.result({"jobs": [_as_json(each) for each in found]}, text)
@@ -100,7 +104,7 @@ def status(
 ) -> None:
     """Show what is known of a job, also after its cluster is gone."""
     with reporting(json=json, verbose=verbose) as out:
-        found = _open(store_location(store), address).find(job)
+        found = _open(existing_store(store), address).find(job)
         out.result(_as_json(found), _as_text(found))
 
 
@@ -114,7 +118,7 @@ def logs(
 ) -> None:
     """Show a job's log."""
     with reporting(json=json, verbose=verbose) as out:
-        jobs = _open(store_location(store), address)
+        jobs = _open(existing_store(store), address)
         if follow and jobs.find(job).state in ("pending", "running"):
             _follow(out, jobs, job)
             return
@@ -131,18 +135,17 @@ def stop(
 ) -> None:
     """Stop a job: it commits a checkpoint first."""
     with reporting(json=json, verbose=verbose) as out:
-        found = _open(store_location(store), address).stop(job, out.note)
+        found = _open(existing_store(store), address).stop(job, out.note)
         out.result(_as_json(found), _as_text(found))
 
 
-def _open(store: str, address: str | None) -> Any:
-    from eagleray.store.objects import ObjectStore
+def _open(store: ObjectStore, address: str | None) -> Any:
     from eagleray_jobs.submit.api import RayJobs, choose_address
     from eagleray_jobs.submit.records import JobRecords
     from eagleray_jobs.submit.service import Jobs
 
     chosen = choose_address(address) if address is not None else None
-    return Jobs(JobRecords(ObjectStore.open(store)), RayJobs, chosen)
+    return Jobs(JobRecords(store), RayJobs, chosen)
 
 
 def _follow(out: Output, jobs: Any, job_id: str) -> None:
