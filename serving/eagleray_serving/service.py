@@ -28,6 +28,8 @@ from eagleray_serving.schema import (
 # 32 megapixels: any camera's photo, and at most 128 MB once decoded.
 MAX_IMAGE_PIXELS = 32 * 2**20
 IMAGE_FORMATS = ("PNG", "JPEG")
+# What the failure of a request's only item is; else 422.
+ITEM_STATUSES = {"too_long": 413, "model_failed": 500}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class ModelService:
         answers = await self._answer(items, _options(request))
         if is_single(request) and isinstance(answers[0], ItemFailure):
             failure = answers[0]
-            raise WireError(422, failure.code, failure.message, failure.hint)
+            raise WireError(ITEM_STATUSES.get(failure.code, 422), failure.code, failure.message, failure.hint)
         return self._shape(answers)
 
     async def _answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:

@@ -1,0 +1,53 @@
+"""From the file's words to Serve's, in one function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eagleray.config.schema import ServeConfig
+
+# Serve's own are 10 s and 30 s: a burst would be over before it is seen.
+METRICS_INTERVAL_S = 1.0
+LOOK_BACK_S = 3.0
+# Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
+MAX_CONSTRUCTOR_FAILURES = 2
+
+
+def deployment_options(serve: ServeConfig) -> dict[str, Any]:
+    """Return the options of a Serve deployment."""
+    options: dict[str, Any] = {
+        "max_ongoing_requests": serve.max_ongoing_requests,
+        "ray_actor_options": {
+            "num_cpus": serve.ray_actor_options.num_cpus,
+            "num_gpus": serve.ray_actor_options.num_gpus,
+        },
+        "max_constructor_retry_count": MAX_CONSTRUCTOR_FAILURES,
+        # What a replica holds when it is asked to go may take as long as a request may.
+        "graceful_shutdown_timeout_s": serve.request_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+    if serve.num_replicas != "auto":
+        return {**options, "num_replicas": serve.num_replicas}
+    scaling = serve.autoscaling_config
+    autoscaling = {
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "initial_replicas": scaling.initial_replicas,
+        "target_ongoing_requests": scaling.target_ongoing_requests,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+        "metrics_interval_s": METRICS_INTERVAL_S,
+        "look_back_period_s": LOOK_BACK_S,
+    }
+    return {
+        **options,
+        "autoscaling_config": {key: value for key, value in autoscaling.items() if value is not None},
+    }
+
+
+def initial_replicas(serve: ServeConfig) -> int:
+    """Return the number of replicas that a deployment starts with."""
+    if serve.num_replicas != "auto":
+        return serve.num_replicas
+    scaling = serve.autoscaling_config
+    return scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas

@@ -1,0 +1,294 @@
+"""Starts a server, keeps it, and ends it: a head of our own, or applications on a cluster that runs already."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from eagleray.cluster import check_local, connect
+from eagleray.config.loader import LoadedFile
+from eagleray.errors import ConfigError, EaglerayError, ServingError
+from eagleray.resources import ResourceRequest
+from eagleray_serving.autoscaling import initial_replicas
+from eagleray_serving.front import Front, choose_front, joined_environment
+from eagleray_serving.home import Home, ServerRecord, own_record
+from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
+
+Notify = Callable[[str], None]
+READY_TIMEOUT_S = 600.0
+WATCH_S = 1.0
+DRAIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What the command line says about a server.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on; 0: any free one.
+        address: Cluster to serve on; None: a head of our own.
+        verbose: Leave Ray's log lines on the terminal.
+        id: Name of its record.
+        log: Where a detached server's output goes.
+        ready_timeout_s: Seconds in which every replica must answer.
+    """
+
+    host: str
+    port: int
+    address: str | None
+    verbose: bool
+    id: str
+    log: str | None = None
+    ready_timeout_s: float = READY_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that answers.
+
+    Attributes:
+        record: What is remembered of it.
+        front: `haproxy`, `python`, or `existing` on a cluster where Serve ran already.
+        plans: Its models.
+    """
+
+    record: ServerRecord
+    front: str
+    plans: tuple[ModelPlan, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "id": self.record.id,
+            "url": self.record.url,
+            "pid": self.record.pid,
+            "front": self.front,
+            "log": self.record.log,
+            "models": [plan.card.as_json() for plan in self.plans],
+        }
+
+    def curl(self) -> str:
+        """Return a command line that works."""
+        bare = prefixes(self.plans)
+        card = self.plans[0].card
+        url = self.record.url + bare[card.name]
+        if card.inputs == "images":
+            data = """'{"images": ["'"$(base64 < image.png | tr -d '\\n')"'"]}'"""
+        elif card.inputs == "text":
+            data = """'{"text": "6 July 2011"}'"""
+        else:
+            columns = ", ".join(f'"{column}": "..."' for column in self.plans[0].columns)
+            data = f"""'{{"inputs": [{{{columns}}}]}}'"""
+        return f"curl -s {url} -H 'content-type: application/json' -d {data}"
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request to stop: an exception while starting, a flag afterwards.
+
+    A second signal has its usual meaning: this process ends at once, and what it started ends with it.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._starting = True
+
+    def install(self) -> None:
+        """Take the signals, also from Ray, which installs handlers of its own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: object) -> None:
+        self._event.set()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if self._starting:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def wait(self, is_alive: Callable[[], bool]) -> None:
+        """Return when a signal came.
+
+        Raises:
+            ServingError: The server died first.
+        """
+        self._starting = False
+        while not self._event.wait(WATCH_S):
+            if not is_alive():
+                raise ServingError("Ray ended under the server", "its log has the reason; start it again")
+
+
+def require_resources(plans: Sequence[ModelPlan]) -> None:
+    """Compare what the replicas ask for with this machine, before Ray is started.
+
+    Raises:
+        ResourceError: There is less, with the numbers.
+    """
+    total = sum(initial_replicas(plan.serve) for plan in plans)
+    wanted = {"CPU": 0.0, "GPU": 0.0}
+    for plan in plans:
+        options, count = plan.serve.ray_actor_options, initial_replicas(plan.serve)
+        wanted["CPU"] += options.num_cpus * count
+        wanted["GPU"] += options.num_gpus * count
+    if total:
+        bundle = {name: amount / total for name, amount in wanted.items() if amount}
+        check_local(ResourceRequest(total, bundle, "replicas", "serve.ray_actor_options"))
+
+
+def refuse_relative_stores(files: Sequence[LoadedFile]) -> None:
+    """Refuse a store that means another place on each machine of a cluster.
+
+    Raises:
+        ConfigError: A store is a relative path.
+    """
+    for file in files:
+        store = file.config.store or ""
+        if "://" not in store and not Path(store).is_absolute():
+            raise ConfigError(
+                f"{file.path}: the store {store!r} is relative, and the replicas run elsewhere",
+                "name an absolute path that every node shares, or a bucket: --store s3://bucket/prefix",
+            )
+
+
+def serve_here(
+    plans: Sequence[ModelPlan], options: ServerOptions, home: Home, on_ready: Callable[[Served], None]
+) -> None:
+    """Serve on a head of our own until SIGINT or SIGTERM.
+
+    Raises:
+        ServingError: A port is in use, a replica does not start, or Ray died.
+        ResourceError: This machine has less than the replicas ask for.
+    """
+    from eagleray_serving.head import own_head, ray_is_alive
+
+    require_resources(plans)
+    front = choose_front(options.host, options.port)
+    stop = StopRequest()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eagleray-", dir="/tmp")))
+        record = own_record(
+            options.id, folder, front.url, _applications(plans), [plan.card.ref for plan in plans], options.log
+        )
+        home.write(record)
+        stack.callback(home.remove, record)
+        stop.install()
+        with _recorded_failure(home, record, stack):
+            timeout_s = max(plan.serve.request_timeout_s for plan in plans)
+            stack.enter_context(
+                own_head(front, folder, timeout_s, home.log_path(f"{options.id}-ray"), options.verbose)
+            )
+            stop.install()
+            _deploy(plans, front, options.ready_timeout_s)
+            stack.callback(_drain, record.applications)
+            record = home.update(record, "ready")
+        on_ready(Served(record, front.kind, tuple(plans)))
+        stop.wait(ray_is_alive)
+        home.update(record, "stopping")
+
+
+@contextmanager
+def _recorded_failure(home: Home, record: ServerRecord, stack: ExitStack) -> Iterator[None]:
+    """Leave word of a failed start for whoever waits for a detached server."""
+    try:
+        yield
+    except EaglerayError as error:
+        if record.log is not None:
+            failed = {
+                "code": error.code,
+                "message": error.message,
+                "hint": error.hint,
+                "exit_code": error.exit_code,
+            }
+            stack.callback(home.update, replace(record, folder=None), "failed", failed)
+        raise
+
+
+def serve_there(
+    plans: Sequence[ModelPlan],
+    options: ServerOptions,
+    home: Home,
+    on_ready: Callable[[Served], None],
+    *,
+    detach: bool = False,
+) -> None:
+    """Serve on a cluster that runs already, until SIGINT or SIGTERM, or for good with `detach`.
+
+    Raises:
+        ServingError: An application of this name is there already, or a replica does not start.
+    """
+    from eagleray_serving.launch import (
+        current_runtime_env,
+        delete,
+        launch,
+        refuse_existing,
+        running_url,
+        start_serve,
+    )
+
+    stop = StopRequest()
+    applications = _applications(plans)
+    code = [path for plan in plans for path in plan.code]
+    with ExitStack() as stack:
+        cluster = stack.enter_context(connect(options.address, code=code, verbose=options.verbose))
+        stop.install()
+        url, front = running_url(), "existing"
+        if url is None:
+            variables = joined_environment()
+            start_serve(options.host, options.port, variables)
+            url, front = f"http://{options.host}:{options.port}", "haproxy" if variables else "python"
+        refuse_existing(applications)
+        kept = stack.enter_context(ExitStack())
+        kept.callback(delete, applications)
+        launch(plans, current_runtime_env())
+        _wait(plans, url, options.ready_timeout_s)
+        refs = tuple(plan.card.ref for plan in plans)
+        record = ServerRecord(
+            options.id, None, None, cluster.address, None, url, tuple(applications), refs, None, "ready"
+        )
+        home.write(record)
+        on_ready(Served(record, front, tuple(plans)))
+        if detach:
+            kept.pop_all()
+            return
+        kept.callback(home.remove, record)
+        stop.wait(lambda: True)
+
+
+def stop_there(record: ServerRecord, *, verbose: bool = False) -> None:
+    """Take the applications of a detached server off the cluster that it is on."""
+    from eagleray_serving.launch import delete
+
+    with connect(record.address, verbose=verbose):
+        delete(record.applications)
+
+
+def _deploy(plans: Sequence[ModelPlan], front: Front, ready_timeout_s: float) -> None:
+    from eagleray_serving.launch import launch, start_serve
+
+    start_serve(front.host, front.ports.http, {})
+    launch(plans, None)
+    _wait(plans, front.url, ready_timeout_s)
+
+
+def _wait(plans: Sequence[ModelPlan], url: str, ready_timeout_s: float) -> None:
+    from eagleray_serving.launch import wait_until_ready
+
+    awaited = [plan.card.path for plan in plans if initial_replicas(plan.serve) > 0]
+    wait_until_ready(_applications(plans), url, awaited, ready_timeout_s)
+
+
+def _applications(plans: Sequence[ModelPlan]) -> list[str]:
+    return [*(plan.application for plan in plans), EDGE_APPLICATION]
+
+
+def _drain(applications: Sequence[str]) -> None:
+    from eagleray_serving.launch import delete
+
+    # The head ends in any case; not by `serve.shutdown`, whose controller is killed over its own last words.
+    with suppress(Exception):
+        delete(applications, DRAIN_TIMEOUT_S)
