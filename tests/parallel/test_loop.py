@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankGroup
-from training import Job, Outcome, make_config, train
+from training import Job, Outcome, make_config, replace, train
 
 Groups = Callable[[int], RankGroup]
 
@@ -34,3 +34,31 @@ def test_neither_workers_nor_accumulation_change_losses_and_parameters(
         for rank in ranks:
             torch.testing.assert_close(rank.tensors, one.tensors, rtol=0, atol=1e-6)
     assert [ranks[0].num_forwards for ranks in others.values()] == [5, 10]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp2": {"data_parallel_shard_degree": 2},
+    "tp2": {"tensor_parallel_degree": 2, "sequence_parallel": True},
+    "fsdp2.tp2": {
+        "data_parallel_shard_degree": 2,
+        "tensor_parallel_degree": 2,
+        "activation_checkpointing": "selective",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_neither_losses_nor_parameters_nor_what_is_saved_and_resumed(
+    group: Groups, tmp_path: Path, layout: str
+) -> None:
+    keys = {"save_steps": 3, "eval_steps": 3}
+    one = group(1).run(train, Job(make_config(**keys), str(tmp_path / "one"), num_validation=5))[0]
+    config = make_config(layout=LAYOUTS[layout], **keys)
+    job = Job(config, str(tmp_path / "cut"), num_validation=5)
+    workers = 4 if layout == "fsdp2.tp2" else 2
+    cut = group(workers).run(train, job)[0]
+    assert cut.losses == pytest.approx(one.losses, abs=1e-6)
+    assert cut.records[2].scores == pytest.approx(one.records[2].scores, abs=1e-6)
+    torch.testing.assert_close(cut.tensors, one.tensors, rtol=0, atol=1e-5)
+    for rank in group(1).run(train, replace(job, resume_step=3, config=make_config(**keys))):
+        assert rank.losses == pytest.approx({step: one.losses[step] for step in (4, 5)}, abs=1e-6)

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eagleray.config.layout import Layout
+from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.schema import RunConfig
 from eagleray.models import build_model, model_files
 from eagleray.parallel import build_mesh
+from eagleray.parallel.gradients import whole
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import version_name
 from eagleray.store.objects import ObjectStore
@@ -77,8 +78,10 @@ def examples_of(task: str, count: int) -> list[Example]:
     return [{"text": " ".join(words), "label": words[0][0]} for words in sentences]
 
 
-def make_config(task: str = "translation", dropout: float = 0.0, layout: int = 1, **train: Any) -> RunConfig:
-    """Make a file for `layout` workers; `train` holds keys of its `train` section."""
+def make_config(
+    task: str = "translation", dropout: float = 0.0, layout: int | dict[str, Any] = 1, **train: Any
+) -> RunConfig:
+    """Make a file for `layout` workers, or with those keys under `parallel`; `train` holds keys of `train`."""
     model = MODELS[task]
     keys = ["dropout"] if task == "translation" else ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     return RunConfig.model_validate(
@@ -88,7 +91,7 @@ def make_config(task: str = "translation", dropout: float = 0.0, layout: int = 1
             "model": {**model, "config": model["config"] | dict.fromkeys(keys, dropout)},
             "data": {"train": "unused.jsonl"},
             "train": DEFAULTS | train,
-            "parallel": {"data_parallel_replicate_degree": layout},
+            "parallel": {"data_parallel_replicate_degree": layout} if isinstance(layout, int) else layout,
         }
     )
 
@@ -253,7 +256,7 @@ def _processor(task_name: str) -> Processor:
 def train(job: Job) -> Outcome:
     """Run the job on this rank, from its checkpoint if it names one."""
     store = ObjectStore.open(job.folder)
-    layout = Layout(replicate=dist.get_world_size())
+    layout = layout_of(job)
     handle = RunHandle(store, "tiny", 1, 1, f"start{job.resume_step or 0}")
     if not store.exists("runs/tiny/r1/epochs/00000001.json") and dist.get_rank() == 0:
         store.put("runs/tiny/r1/epochs/00000001.json", b"{}")
@@ -273,12 +276,17 @@ def train(job: Job) -> Outcome:
         result,
         {record.step: record.loss for record in control.records},
         control.records,
-        {name: tensor.detach().clone() for name, tensor in parts.model.state_dict().items()},
+        {name: whole(tensor) for name, tensor in parts.model.state_dict().items()},
         task.seen,
         control.saves,
         task.num_forwards,
         len(prunes),
     )
+
+
+def layout_of(job: Job) -> Layout:
+    """Return the layout that the file asks for."""
+    return resolve_layout(job.config.parallel, dist.get_world_size())
 
 
 def _parts(
@@ -304,7 +312,7 @@ def _parts(
         train=MemoryRows(task, processor, examples[: job.num_examples]),
         validation=MemoryRows(task, processor, examples[job.num_examples :]),
         device=device,
-        mesh=build_mesh(Layout(replicate=dist.get_world_size()), "cpu", timeout_s=20),
+        mesh=build_mesh(layout_of(job), "cpu", timeout_s=20),
         files=model_files(model, job.config, processor),
         saver=saver,
         resume=resume,

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import NonFiniteLossError
-from eagleray.parallel import DataCoordinate, apply_layout, data_coordinate
+from eagleray.models.plans import parallel_plan
+from eagleray.parallel import DataCoordinate, ParallelOptions, apply_layout, data_coordinate, gathered
 from eagleray.tasks.base import Processor, Task
 from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, Rows, StepBatch, prefetch
@@ -80,9 +81,17 @@ def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
 class _Loop:
     def __init__(self, spec: WorkerSpec, parts: Parts, control: Control) -> None:
         config, coordinate = spec.train, data_coordinate(parts.mesh)
+        self.reshard_after_forward = spec.config.parallel.reshard_after_forward
         self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
         self.exchange = Exchange(config.ddp_timeout)
-        model = apply_layout(parts.model, spec.layout, parts.mesh, parts.device)
+        model = apply_layout(
+            parts.model,
+            spec.layout,
+            parts.mesh,
+            parts.device,
+            plan=parallel_plan(parts.model),
+            options=ParallelOptions.of(spec.config),
+        )
         optimizer = build_optimizer(parts.model, config)
         self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, coordinate, parts.device)
         self.state = TrainState(parts.model, optimizer, self.step.scaler)
@@ -146,7 +155,10 @@ class _Loop:
 
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
-        with self.throughput.paused():
+        with (
+            self.throughput.paused(),
+            gathered(self.parts.model, reshard_after_forward=self.reshard_after_forward),
+        ):
             scores = self.evaluator.run(self.parts.model, progress.step)
         return progress.after_evaluation(scores, self.goal)
 

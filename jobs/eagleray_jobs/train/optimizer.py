@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from eagleray.config.schema import TrainConfig
@@ -52,7 +53,9 @@ def _empty_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, Any
 
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in trained:
+        # One kernel updates a whole group, and cannot mix tensors that are cut over different ranks.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((weight_decay if parameter.ndim >= 2 else 0.0, mesh), []).append(parameter)
+    return [{"params": members, "weight_decay": decay} for (decay, _), members in groups.items()]

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import ConfigError, NonFiniteLossError
 from eagleray.parallel import DataCoordinate
+from eagleray.parallel.gradients import gradient_norm, local_gradients
 from eagleray.tasks.base import Loss, Task, move
 from eagleray_jobs.train.batches import MicroBatch, StepBatch
 from eagleray_jobs.train.exchange import Exchange, Pending, Totals
@@ -154,11 +154,10 @@ class TrainStep:
 
     def _scale_and_clip(self, scale: float) -> Tensor:
         """Turn the sums into means and clip them, in one pass; return the norm before clipping."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = get_total_norm(gradients, foreach=True) * scale
+        norm = gradient_norm(self._parameters) * scale
         limit = self._config.max_grad_norm
         clip = 1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale * clip)
+        torch._foreach_mul_(local_gradients(self._parameters), scale * clip)
         return norm
 
     def _raise_non_finite(self, step: int) -> None:

@@ -269,6 +269,19 @@ class ParallelConfig(Section):
     )
     tensor_parallel_degree: Degree = _degree("tensor_parallel_degree", "tp_size", "Cuts of each layer.")
     pipeline_parallel_degree: Degree = _degree("pipeline_parallel_degree", "pp_size", "Stages of layers.")
+    sequence_parallel: bool = Field(
+        False,
+        description="Whether tensor parallelism also cuts norms and the residual stream, along the sequence.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What a layer computes again in the backward pass to save memory: nothing, everything but "
+        "matrix products, or everything.",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="Whether FSDP frees a layer's gathered weights between its forward and its backward pass.",
+    )
 
 
 class ResourcesConfig(Section):

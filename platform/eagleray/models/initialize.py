@@ -30,7 +30,9 @@ _RANDOM_FILLS = {
 }
 
 
-def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = None) -> None:
+def initialize(
+    model: nn.Module, seed: int | None, *, only: set[str] | None = None, modules: set[str] | None = None
+) -> None:
     """Set every parameter, and every buffer that an initialiser knows, in place.
 
     Modules of Hugging Face models are set by their `_init_weights`, all others by `reset_parameters`; children
@@ -41,30 +43,41 @@ def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = No
         seed: Seed of the weights; None leaves random fills out, for weights that are loaded afterwards. Buffers
             that no checkpoint holds are set all the same.
         only: Names of the parameters to set; default: all.
+        modules: Names of the modules to set; default: all. The others may be on `meta`, or sharded.
 
     Raises:
         ConfigError: A module has parameters of its own and no way to set them.
     """
-    names = {_storage(tensor): name for name, tensor in model.named_parameters() if tensor.numel()}
+    names = {_storage(tensor): name for name, tensor in model.named_parameters() if _is_plain(tensor)}
     kept = [tensor for name, tensor in model.named_parameters() if only is not None and name not in only]
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _marked_as_loaded(kept):
         for module_name, module, init in _initialisers(model):
+            if modules is not None and module_name not in modules:
+                continue
             # For what is drawn into a temporary tensor first (orthogonal_, or copying torch.randn).
             torch.manual_seed(_seed_of(seed or 0, module_name))
             with _FillByName(names, seed):
                 init(module)
 
 
-def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give every tensor on `meta` memory on a device; shared parameters stay shared, values are undefined."""
+def materialize(model: nn.Module, device: torch.device | str, *, modules: set[str] | None = None) -> None:
+    """Give every tensor on `meta` memory on a device; shared parameters stay shared, values are undefined.
+
+    Args:
+        model: The model.
+        device: Where the memory is.
+        modules: Names of the modules whose own tensors are meant; default: all.
+    """
     moved: dict[Tensor, Tensor] = {}
-    for module in model.modules():
+    for module_name, module in model.named_modules():
+        if modules is not None and module_name not in modules:
+            continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 if parameter not in moved:
                     data = torch.empty_like(parameter, device=device)
                     moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                module._parameters[name] = moved[parameter]  # type: ignore[assignment]
+                module._parameters[name] = moved[parameter]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 moved.setdefault(buffer, torch.empty_like(buffer, device=device))
@@ -137,6 +150,10 @@ def _marked_as_loaded(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             del tensor._is_hf_initialized  # type: ignore[attr-defined]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,41 +11,92 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.parallel.options import ParallelOptions
+from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
+from eagleray.parallel.recompute import recompute
+from eagleray.parallel.shard import Sharding
+from eagleray.parallel.tensor import TensorParallel
+
+Fill = Callable[[nn.Module, set[str]], None]
+"""Gives the tensors that modules hold themselves (named from the model) memory on the device, and their values."""
+
+_NO_PLAN = ParallelPlan()
+_DEFAULTS = ParallelOptions()
 
 
 def check_supported(layout: Layout) -> None:
-    """Refuse a layout that cannot be applied.
+    """Refuse a layout that no model can be cut to.
 
     Raises:
-        ConfigError: A degree other than data_parallel_replicate_degree is above 1.
+        ConfigError: pipeline_parallel_degree is above 1.
     """
-    degrees = {
-        "data_parallel_shard_degree": layout.shard,
-        "tensor_parallel_degree": layout.tensor,
-        "pipeline_parallel_degree": layout.pipeline,
-    }
-    given = [f"parallel.{name}: {degree}" for name, degree in degrees.items() if degree > 1]
-    if given:
+    if layout.pipeline > 1:
         raise ConfigError(
-            f"{' and '.join(given)} cannot be trained by this version: only replicas work (DDP)",
-            "set these degrees to 1 and parallel.data_parallel_replicate_degree to the number of workers",
+            f"parallel.pipeline_parallel_degree: {layout.pipeline} cannot be trained by this version",
+            "set it to 1; the other three degrees work in every combination",
         )
 
 
-def apply_layout(model: nn.Module, layout: Layout, mesh: DeviceMesh, device: torch.device) -> nn.Module:
-    """Return what is called for training; parameters keep their identity and the module its names.
+def apply_layout(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    plan: ParallelPlan = _NO_PLAN,
+    options: ParallelOptions = _DEFAULTS,
+    fill: Fill | None = None,
+) -> nn.Module:
+    """Return what is called for training; parameters keep their names.
+
+    The model is filled, cut and sharded one unit (layer) after the other, so that a rank holds its own part of the
+    model and one whole unit at most. Gradients are means over the data-parallel ranks.
 
     Args:
-        model: The model on `device`, with its weights.
+        model: The model, or one stage of it: on `device` with its weights, or on `meta` with `fill`.
         layout: The degrees that `mesh` was built from.
         mesh: From `build_mesh`.
         device: Where this rank computes.
+        plan: What the model tells about itself.
+        options: How the layout is applied.
+        fill: What fills a model on `meta`.
 
     Raises:
-        ConfigError: The layout cannot be applied.
+        ConfigError: The layout cannot be applied to this model.
     """
     check_supported(layout)
-    return _replicate(model, mesh, device)
+    check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
+    tensor = None
+    if layout.tensor > 1:
+        check_styles(model, plan)
+        tensor = TensorParallel(plan, mesh["tp"], sequence_parallel=options.sequence_parallel)
+    sharding = Sharding(layout, mesh, options) if Sharding.is_needed(layout) else None
+    for unit, modules in _units(model, plan):
+        if fill is not None:
+            fill(model, set(modules))
+        if tensor is not None:
+            tensor.cut(modules.items())
+        if unit is not model:
+            recompute(unit, options.activation_checkpointing)
+            if sharding is not None:
+                sharding.wrap_layer(unit)
+    if tensor is not None:
+        tensor.cut_sequence(model)
+    if sharding is not None:
+        sharding.wrap_root(model)
+    elif layout.replicate > 1:
+        return _replicate(model, mesh, device)
+    return model
+
+
+def _units(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[nn.Module, dict[str, nn.Module]]]:
+    """Yield each layer with its modules by name, and at last the model with the modules outside of layers."""
+    rest = dict(model.named_modules())
+    for name, layer in plan.named_layers(model):
+        modules = {f"{name}.{inner}".removesuffix("."): module for inner, module in layer.named_modules()}
+        yield layer, modules
+        rest = {key: module for key, module in rest.items() if key not in modules}
+    yield model, rest
 
 
 def _replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module:

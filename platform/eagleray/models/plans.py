@@ -1,0 +1,96 @@
+"""How each model family can be cut: its layers, and the tensor-parallel style of each module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from eagleray.parallel.plan import ParallelPlan, TensorStyle
+
+_BART_ATTENTION: dict[str, TensorStyle] = {
+    "*.layers.*_attn": "region",
+    "*.layers.*.[qkv]_proj": "colwise",
+    "*.layers.*.out_proj": "rowwise",
+    "*.layers.*.fc1": "colwise",
+    "*.layers.*.fc2": "rowwise",
+    "*.layers.*layer_norm": "norm",
+}
+
+
+def parallel_plan(model: nn.Module) -> ParallelPlan:
+    """Return what a model tells about how it can be cut.
+
+    A model's own `parallel_plan()` comes first; then what is known of its family. A model of neither kind can
+    only be replicated, or sharded as one unit.
+    """
+    own = getattr(model, "parallel_plan", None)
+    if callable(own):
+        plan = own()
+        assert isinstance(plan, ParallelPlan), f"{type(model).__name__}.parallel_plan() returned {type(plan)}"
+        return plan
+    config = getattr(model, "config", None)
+    build = _FAMILIES.get(getattr(config, "model_type", ""))
+    return ParallelPlan() if build is None else build(config)
+
+
+def _marian(config: Any) -> ParallelPlan:
+    return ParallelPlan(
+        layers=("model.encoder.layers", "model.decoder.layers"),
+        tensor={
+            "model.shared": "vocab",
+            "model.*.embed_tokens": "vocab",
+            **_BART_ATTENTION,
+            "lm_head": "vocab_head",
+        },
+        divisible={
+            "encoder_attention_heads": config.encoder_attention_heads,
+            "decoder_attention_heads": config.decoder_attention_heads,
+            "encoder_ffn_dim": config.encoder_ffn_dim,
+            "decoder_ffn_dim": config.decoder_ffn_dim,
+        },
+        sequence=True,
+    )
+
+
+def _bert(config: Any) -> ParallelPlan:
+    return ParallelPlan(
+        layers=("bert.encoder.layer",),
+        tensor={
+            "bert.embeddings.word_embeddings": "vocab",
+            "*.layer.*.attention.self": "region",
+            "*.attention.self.query": "colwise",
+            "*.attention.self.key": "colwise",
+            "*.attention.self.value": "colwise",
+            "*.layer.*.attention.output.dense": "rowwise",
+            "*.layer.*.intermediate.dense": "colwise",
+            "*.layer.*.output.dense": "rowwise",
+            "*.layer.*.LayerNorm": "norm",
+        },
+        divisible=_encoder_numbers(config),
+        sequence=True,
+    )
+
+
+def _vit(config: Any) -> ParallelPlan:
+    return ParallelPlan(
+        layers=("vit.layers",),
+        tensor={
+            "*.layers.*.attention": "region",
+            "*.layers.*.attention.[qkv]_proj": "colwise",
+            "*.layers.*.attention.o_proj": "rowwise",
+            "*.layers.*.mlp.fc1": "colwise",
+            "*.layers.*.mlp.fc2": "rowwise",
+            "*.layers.*.layernorm_*": "norm",
+        },
+        divisible=_encoder_numbers(config),
+        sequence=True,
+    )
+
+
+def _encoder_numbers(config: Any) -> dict[str, int]:
+    return {"num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
+
+
+_FAMILIES: dict[str, Callable[[Any], ParallelPlan]] = {"marian": _marian, "bert": _bert, "vit": _vit}

@@ -1,0 +1,66 @@
+"""Norm and scale of gradients whose parts lie on several ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients' parts that this rank holds; changing one in place changes the gradient."""
+    return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the 2-norm of the whole gradient, equal on all ranks, shape ().
+
+    Args:
+        parameters: Those of this rank; each part of a gradient counts once, however many ranks hold a copy of it.
+        pipeline: The ranks whose stages hold other parameters; None without a pipeline.
+    """
+    parts: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parts[_cut_axes(parameter.grad)].append(_local(parameter.grad))
+    total = torch.zeros(())
+    for (mesh, axes), gradients in parts.items():
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        for axis in axes:
+            assert mesh is not None
+            dist.all_reduce(squares, group=mesh.get_group(axis))
+        total = total.to(squares.device) + squares
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def whole_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the gradients as whole tensors on the CPU, copied; collective over the ranks that hold parts."""
+    return {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor whole, on the CPU, copied; collective over the ranks that hold parts."""
+    value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return value.detach().to("cpu", copy=True)
+
+
+def _cut_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+    if not isinstance(gradient, DTensor):
+        return None, ()
+    assert not any(placement.is_partial() for placement in gradient.placements), "every gradient is reduced"
+    cut = [axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+    return gradient.device_mesh, tuple(cut)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,39 @@
+"""How a layout is applied, apart from its degrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from eagleray.config.schema import RunConfig
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelOptions:
+    """What the file says under `parallel` besides the degrees.
+
+    Attributes:
+        sequence_parallel: Whether tensor parallelism also cuts the residual stream along the sequence.
+        activation_checkpointing: Whether layers keep their activations (`none`), those of matrix products
+            (`selective`), or only their inputs (`full`) for the backward pass.
+        reshard_after_forward: Whether FSDP frees the whole weights of a layer between forward and backward.
+        bf16: Whether FSDP gathers weights and computes in bfloat16, and reduces gradients in float32.
+    """
+
+    sequence_parallel: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
+    reshard_after_forward: bool = True
+    bf16: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Read the options of a file."""
+        parallel = config.parallel
+        return cls(
+            sequence_parallel=parallel.sequence_parallel,
+            activation_checkpointing=parallel.activation_checkpointing,
+            reshard_after_forward=parallel.reshard_after_forward,
+            bf16=config.train is not None and config.train.bf16,
+        )

@@ -1,0 +1,139 @@
+"""Tiny models of each family, batches for them, and one process as the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eagleray.models.initialize import initialize, materialize
+from eagleray.parallel import Fill
+
+SEED = 7
+IGNORED = -100
+
+
+def build(family: str, **changes: Any) -> nn.Module:
+    """Build a model on `meta`."""
+    import transformers
+
+    with torch.device("meta"):
+        if family == "marian":
+            keys = {
+                "vocab_size": 36,
+                "d_model": 16,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4,
+                "encoder_ffn_dim": 24,
+                "decoder_ffn_dim": 24,
+                "max_position_embeddings": 32,
+                "dropout": 0.0,
+                "pad_token_id": 1,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 1,
+                "scale_embedding": True,
+            }
+            return transformers.MarianMTModel(transformers.MarianConfig(**keys | changes))
+        if family == "bert":
+            keys = {
+                "vocab_size": 36,
+                "hidden_size": 16,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 24,
+                "max_position_embeddings": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "num_labels": 3,
+            }
+            return transformers.BertForSequenceClassification(transformers.BertConfig(**keys | changes))
+        keys = {
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 24,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "num_labels": 3,
+        }
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**keys | changes))
+
+
+def fill_from_seed(device: str = "cpu", seed: int = SEED) -> Fill:
+    """Return what gives modules their initial weights."""
+    return partial(_fill, device=device, seed=seed)
+
+
+def _fill(model: nn.Module, modules: set[str], *, device: str, seed: int) -> None:
+    materialize(model, device, modules=modules)
+    initialize(model, seed, modules=modules)
+
+
+def build_whole(family: str, **changes: Any) -> nn.Module:
+    """Build a model in one process, with the weights that every layout must have."""
+    model = build(family, **changes)
+    materialize(model, "cpu")
+    initialize(model, SEED)
+    return model
+
+
+def global_batch(family: str, step: int, rows: int = 8) -> dict[str, Tensor]:
+    """Make rows of mixed length."""
+    rng = torch.Generator().manual_seed(1000 + step)
+    if family == "vit":
+        return {
+            "pixel_values": torch.randn(rows, 1, 8, 8, generator=rng),
+            "labels": torch.randint(0, 3, (rows,), generator=rng),
+        }
+    source, source_mask = _tokens(rng, rows, 7, 1 if family == "marian" else 0)
+    if family == "bert":
+        return {
+            "input_ids": source,
+            "attention_mask": source_mask,
+            "labels": torch.randint(0, 3, (rows,), generator=rng),
+        }
+    target, target_mask = _tokens(rng, rows, 5, 1)
+    shifted = torch.cat([torch.ones(rows, 1, dtype=torch.long), target[:, :-1]], 1)
+    return {
+        "input_ids": source,
+        "attention_mask": source_mask,
+        "decoder_input_ids": shifted,
+        "labels": target.masked_fill(target_mask == 0, IGNORED),
+    }
+
+
+def _tokens(rng: torch.Generator, rows: int, longest: int, pad: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 36, (rows, longest), generator=rng)
+    lengths = torch.randint(2, longest + 1, (rows,), generator=rng)
+    lengths[0] = longest
+    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+    return ids.masked_fill(mask == 0, pad), mask
+
+
+@dataclass(frozen=True)
+class Items:
+    """Summed loss and number of items."""
+
+    total: Tensor
+    count: Tensor
+
+
+class TinyTask:
+    """The loss of a batch, as a task computes it: the model is called once, with keywords."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Items:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "decoder_input_ids" in inputs:
+            inputs["use_cache"] = False  # type: ignore[assignment]
+        logits, labels = model(**inputs).logits, batch["labels"]
+        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+        return Items(total, (labels != IGNORED).sum())

@@ -1,0 +1,89 @@
+"""Sharding and tensor parallelism give the initial weights, gradients, losses and weights of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+from ranks import RankGroup
+from runs import assert_same, in_layout, one_process
+
+from eagleray.config.layout import Layout
+from eagleray.errors import ConfigError
+from eagleray.parallel import ParallelOptions
+
+Groups = Callable[[int], RankGroup]
+
+LAYOUTS = [
+    Layout(replicate=2),
+    Layout(shard=2),
+    Layout(tensor=2),
+    Layout(shard=3),
+    Layout(replicate=2, shard=2),
+    Layout(shard=2, tensor=2),
+    Layout(replicate=2, tensor=2),
+    Layout(tensor=4),
+    Layout(shard=4),
+]
+OPTIONS = {
+    "plain": ParallelOptions(),
+    "sequence": ParallelOptions(sequence_parallel=True),
+    "recompute": ParallelOptions(activation_checkpointing="full", reshard_after_forward=False),
+    "selective": ParallelOptions(activation_checkpointing="selective"),
+    "both": ParallelOptions(sequence_parallel=True, activation_checkpointing="selective"),
+}
+SAMPLE = {
+    ("marian", "fsdp2", "plain"),
+    ("marian", "tp2", "both"),
+    ("bert", "fsdp2", "selective"),
+    ("bert", "tp2", "plain"),
+    ("vit", "tp2", "sequence"),
+    ("vit", "fsdp2", "recompute"),
+    ("marian", "fsdp2.tp2", "sequence"),
+    ("bert", "hsdp2x2", "plain"),
+    ("vit", "ddp2.tp2", "plain"),
+}
+CASES = [
+    (family, layout, options)
+    for family, layout, options in product(("marian", "bert", "vit"), LAYOUTS, OPTIONS)
+    if layout.tensor > 1 or not OPTIONS[options].sequence_parallel
+]
+
+
+def test_the_matrix_covers_what_it_says() -> None:
+    assert len(CASES) == 3 * (5 * 3 + 4 * 5)
+    assert {(family, str(layout), options) for family, layout, options in CASES} >= SAMPLE
+
+
+@pytest.mark.parametrize(
+    "family, layout, options",
+    [
+        pytest.param(*case, id="-".join(map(str, case)), marks=() if key in SAMPLE else pytest.mark.slow)
+        for case in CASES
+        for key in [(case[0], str(case[1]), case[2])]
+    ],
+)
+def test_a_layout_gives_what_one_process_gives(group: Groups, family: str, layout: Layout, options: str) -> None:
+    found = group(layout.num_workers).run(in_layout, family, layout, OPTIONS[options])[0]
+    assert_same(found, one_process(family))
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 37}, {"tie_word_embeddings": False}], ids=str)
+def test_a_vocabulary_that_does_not_divide_and_untied_embeddings_are_right(
+    group: Groups, changes: dict[str, int]
+) -> None:
+    found = group(2).run(in_layout, "marian", Layout(tensor=2), ParallelOptions(), 3, changes)[0]
+    assert_same(found, one_process("marian", **changes))
+
+
+def test_heads_that_the_degree_does_not_divide_are_refused_with_the_numbers(group: Groups) -> None:
+    message = group(3).run(refused, "bert", Layout(tensor=3))[0]
+    assert "parallel.tensor_parallel_degree 3 does not divide num_attention_heads 4" in message
+    assert "degrees that fit: 1, 2, 4" in message
+
+
+def refused(family: str, layout: Layout) -> str:
+    with pytest.raises(ConfigError) as error:
+        in_layout(family, layout, ParallelOptions())
+    return str(error.value)
