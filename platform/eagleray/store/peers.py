@@ -88,7 +88,7 @@ class Peers:
         parts: list[Stage[R]] | None = None
         if stages is not None:
             failed = self._failure(stages)
-            joined = Stage[list[R]](error=failed) if failed else Stage.of(lambda: join(_values(stages)))
+            joined: Stage[list[R]] = Stage(error=failed) if failed else Stage.of(lambda: join(_values(stages)))
             parts = [Stage(error=joined.error)] * self.world_size if joined.error else _stages(joined)
         part = self._scatter(parts)
         if part.error is not None:

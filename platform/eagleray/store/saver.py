@@ -220,6 +220,7 @@ class _SaveJob:
         self._end_s: float | None = None
         self._size_bytes = 0
         self._committed = False
+        self._succeeded = False
         self._error: Exception | None = None
         self.lost_peers = False
         self.is_reported = False
@@ -238,11 +239,12 @@ class _SaveJob:
     def result(self) -> SaveResult:
         """How it ended."""
         ref = f"{self._run.name}@{version_name(self._run.run, self._step)}"
-        failed = self._error is not None and not self._committed
+        # What is not known to have succeeded has failed; the first rank knows of a commit whatever came after.
+        failed = not (self._succeeded or self._committed)
         return SaveResult(
             step=self._step,
             ref=None if failed else ref,
-            error=str(self._error) if failed else None,
+            error=str(self._error or "the save is not done") if failed else None,
             seconds=(self._end_s or time.monotonic()) - self._start_s,
             size_bytes=self._size_bytes,
             fenced=failed and isinstance(self._error, FencedError),
@@ -256,10 +258,14 @@ class _SaveJob:
         try:
             if not self._peers.together(lambda: None, self._already_committed):
                 self._save()
+            self._succeeded = True
         except PeersLostError as error:
             self._error, self.lost_peers = error, True
-        except EaglerayError as error:
-            self._error = error
+        except Exception as error:
+            # A failure is a value here, whatever its kind: it is reported, and the next save is tried.
+            self._error = (
+                error if isinstance(error, EaglerayError) else StoreError(f"{type(error).__name__}: {error}")
+            )
         finally:
             self._shards = {}
             self._end_s = time.monotonic()

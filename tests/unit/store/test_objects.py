@@ -25,6 +25,7 @@ def test_what_is_put_is_read_whole_and_by_range(store: ObjectStore) -> None:
     assert store.get("a/b.bin") == b"0123456789"
     assert store.get_range("a/b.bin", 2, 5) == b"234"
     assert store.get_range("a/b.bin", 8, 20) == b"89"
+    assert store.get_range("a/b.bin", 10, 12) == store.get_range("a/b.bin", 50, 60) == b""
     assert store.get_range("a/b.bin", 5, 5) == b""
     assert store.size("a/b.bin") == 10
 

@@ -1,0 +1,195 @@
+"""Saving in the background from one process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from faulty import Countdown, FaultyStore, Gate
+from safetensors.torch import load_file
+from versions_made import NAME, commit, config, owned_run, tensors
+
+from eagleray.config.layout import Layout
+from eagleray.config.schema import RunConfig
+from eagleray.errors import StoreError
+from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.manifest import TensorEntry, parse_manifest
+from eagleray.store.objects import ObjectStore
+from eagleray.store.registry import Registry
+from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, dtype_name
+from eagleray.store.saver import CheckpointSaver, SaveResult
+
+
+def saver_of(store: ObjectStore, run_config: RunConfig | None = None, **options: object) -> CheckpointSaver:
+    return CheckpointSaver(
+        store,
+        owned_run(store),
+        layout=Layout(),
+        config=run_config or config(),
+        timeout_s=20,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def save_with(saver: CheckpointSaver, step: int, saved: dict[str, torch.Tensor] | None = None) -> None:
+    saver.save(
+        step=step, tensors=saved or tensors(), files={}, state={"step": step}, metrics={"bleu": float(step)}
+    )
+
+
+def test_the_training_may_change_tensors_at_once(tmp_path: Path) -> None:
+    gate = Gate()
+    saver = saver_of(FaultyStore(str(tmp_path), gate))
+    changing = tensors()
+    save_with(saver, 1, changing)
+    for tensor in changing.values():
+        tensor.zero_()
+    assert saver.poll() == []
+    gate.is_open.set()
+    saver.wait()
+    saver.close()
+    read = Registry(ObjectStore.open(str(tmp_path))).open(NAME).tensors(prefix="")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
+
+
+def test_a_due_save_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    gate = Gate()
+    saver = saver_of(FaultyStore(str(tmp_path), gate))
+    save_with(saver, 1)
+    assert gate.is_reached.wait(20)
+    second = threading.Thread(target=save_with, args=(saver, 2), daemon=True)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    gate.is_open.set()
+    second.join(20)
+    assert not second.is_alive()
+    assert [result.ref for result in saver.wait()] == [f"{NAME}@r1-step-00000001", f"{NAME}@r1-step-00000002"]
+    saver.close()
+
+
+def test_each_save_is_reported_once(local_store: ObjectStore) -> None:
+    saver = saver_of(local_store)
+    save_with(saver, 1)
+    reported: list[SaveResult] = []
+    while not reported:
+        reported += saver.poll()
+    assert saver.poll() == saver.wait() == []
+    assert reported[0].step == 1 and reported[0].size_bytes > 0 and reported[0].seconds > 0
+    saver.close()
+
+
+def test_failures_are_values_until_the_third_in_a_row(tmp_path: Path) -> None:
+    refuse = Countdown()
+    saver = saver_of(FaultyStore(str(tmp_path), refuse))
+    refuse.fail_at = 0
+    for step in (1, 2):
+        save_with(saver, step)
+        (result,) = saver.wait()
+        assert result.ref is None and "refused" in (result.error or "")
+    refuse.fail_at = None
+    save_with(saver, 3)
+    assert saver.wait()[0].ref is not None
+    refuse.fail_at = refuse.num_operations
+    for step in (4, 5, 6):
+        save_with(saver, step)
+    with pytest.raises(StoreError, match=r"3 saves in a row failed \(steps 4, 5, 6\); the last one: refused"):
+        save_with(saver, 7)
+    saver.close()
+
+
+def test_what_cannot_be_stored_fails_the_save_with_its_type(local_store: ObjectStore) -> None:
+    saver = saver_of(local_store)
+    save_with(saver, 1, {"model.w": torch.zeros(2, dtype=torch.complex128)})
+    (result,) = saver.wait()
+    assert result.ref is None and "torch.complex128 cannot be stored" in (result.error or "")
+    saver.close()
+
+
+def test_the_manifest_says_what_was_saved(local_store: ObjectStore) -> None:
+    saver = saver_of(local_store)
+    metrics = {"bleu": 1.0, "loss": float("nan")}
+    saver.save(step=1, tensors=tensors(), files={"config.json": b"{}"}, state={"step": 1}, metrics=metrics)
+    saver.wait()
+    saver.close()
+    checkpoint = Registry(local_store).open(NAME)
+    manifest = checkpoint.manifest
+    assert (manifest.layout, manifest.metrics) == ("single", {"bleu": 1.0, "loss": None})
+    assert manifest.best_metric == ("bleu", True)
+    assert manifest.versions["torch"] == torch.__version__.split("+")[0] or "torch" in manifest.versions
+    assert [tensor.name for tensor in manifest.tensors] == ["model.bias", "model.weight", "optim.weight.step"]
+    assert checkpoint.config() == config()
+    assert checkpoint.state() == {"step": 1}
+    assert checkpoint.files() == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    "train, of_task, recorded",
+    [
+        ({"metric_for_best_model": "eval_loss"}, ("bleu", True), ("eval_loss", False)),
+        ({"metric_for_best_model": "eval_loss", "greater_is_better": True}, None, ("eval_loss", True)),
+        ({"metric_for_best_model": None}, ("chrf", True), ("chrf", True)),
+        ({"metric_for_best_model": None}, None, None),
+    ],
+)
+def test_the_file_names_the_score_of_the_best_version_or_else_the_task(
+    local_store: ObjectStore,
+    train: dict[str, object],
+    of_task: tuple[str, bool] | None,
+    recorded: tuple[str, bool] | None,
+) -> None:
+    saver = saver_of(local_store, config(train=train), best_metric=of_task)
+    save_with(saver, 1)
+    saver.wait()
+    saver.close()
+    assert Registry(local_store).open(NAME).manifest.best_metric == recorded
+
+
+def test_a_file_of_tensors_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    pieces = [
+        Piece("model.w", (0, 0), (4, 3), torch.arange(12.0).reshape(4, 3)),
+        Piece("model.half", (2,), (4,), torch.ones(2).half()),
+        Piece("model.flag", (), (), torch.tensor(True)),
+    ]
+    stream = SafetensorsStream("a/model-00000.safetensors", pieces, block_bytes=24)
+    (tmp_path / "file").write_bytes(b"".join(stream))
+    read = load_file(tmp_path / "file")
+    assert torch.equal(read["model.w"], pieces[0].local)
+    assert torch.equal(read["model.half[2]"], pieces[1].local)
+    assert torch.equal(read["model.flag"], pieces[2].local)
+    assert stream.file.size == (tmp_path / "file").stat().st_size
+    assert [(shard.offsets, shard.sizes) for shard in stream.shards["model.w"]] == [
+        ((0, 0), (2, 3)),
+        ((2, 0), (2, 3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.uint16, torch.float8_e4m3fn]
+)
+def test_every_type_has_a_name_and_bytes(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([0, 1, 1]).to(dtype)
+    assert len(as_bytes(tensor)) == 3 * tensor.element_size()
+    assert dtype_name(dtype)
+
+
+def test_shards_that_do_not_cover_a_tensor_once_are_refused(local_store: ObjectStore) -> None:
+    manifest = Checkpoint.open(local_store, NAME, commit(local_store, 1).split("@")[1]).manifest
+    bias, weight, step = manifest.tensors
+    (whole,) = weight.shards
+    upper = whole.model_copy(update={"sizes": (2, 3), "end": whole.start + 24})
+    far = whole.model_copy(update={"offsets": (1, 0)})
+    broken: dict[str, TensorEntry] = {
+        "its shards hold 0 elements": weight.model_copy(update={"shards": ()}),
+        "its shards hold 6 elements": weight.model_copy(update={"shards": (upper,)}),
+        "overlap": weight.model_copy(update={"shards": (upper, upper)}),
+        "a shard ends at": weight.model_copy(update={"shards": (far,)}),
+        "dimensions": weight.model_copy(update={"shape": (12,)}),
+        "a tensor is named twice": step,
+    }
+    for message, entry in broken.items():
+        changed = manifest.model_copy(update={"tensors": (bias, entry, step)})
+        with pytest.raises(Exception, match=message):
+            parse_manifest(changed.to_bytes(), "manifest.json")
