@@ -24,7 +24,7 @@ class DecodingOptions:
     forced_bos_token_id: int | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: nn.Module, input_ids_BS: Tensor, attention_mask_BS: Tensor, options: DecodingOptions
 ) -> list[list[int]]:

@@ -178,7 +178,8 @@ class Engine:
         """Answer one micro-batch; when it fails, its halves, so that only the item at fault fails."""
         try:
             batch = move(self.task.collate(rows, self.processor), self.device)
-            answers = self.task.predict(self.model, batch, self.processor, options)
+            with torch.inference_mode():
+                answers = self.task.predict(self.model, batch, self.processor, options)
             if len(answers) != len(rows):
                 raise ValueError(
                     f"{type(self.task).__name__}.predict gave {len(answers)} answers to {len(rows)} items"

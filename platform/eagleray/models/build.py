@@ -158,6 +158,7 @@ def _build_family(config: RunConfig, processor: Any) -> nn.Module:
         if config.model.family == "marian":
             _check_positions(config, keys["max_position_embeddings"])
             model = transformers.MarianMTModel(_marian_config(keys, processor))
+            model.generation_config.max_new_tokens = config.data.max_target_length
         elif config.model.family == "bert":
             _check_positions(config, keys["max_position_embeddings"])
             tokenizer = processor.tokenizer

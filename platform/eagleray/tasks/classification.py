@@ -44,7 +44,7 @@ class ClassificationTask(Task):
         total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         return Loss(total, torch.tensor(len(labels), device=labels.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(
         self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
     ) -> list[Answer]:
