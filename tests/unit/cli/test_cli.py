@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from eagleray import __version__
+from eagleray.cli import ORDER, build_app
 
 FILE = """\
 name: en-fr
@@ -64,3 +68,32 @@ def test_a_misspelt_verb_suggests_the_nearest() -> None:
     done = eagleray("validat", "x.yaml")
     assert done.returncode == 2
     assert "error: No such command 'validat'. Did you mean 'validate'?" in done.stderr
+
+
+def test_a_wrong_call_is_one_object_with_json() -> None:
+    done = eagleray("validate", "--jsn", "--json")
+    assert done.returncode == 2
+    said = json.loads(done.stdout)["error"]
+    assert said["code"] == "usage"
+    assert said["message"].startswith("No such option: --jsn")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = eagleray("--version")
+    assert (done.returncode, done.stdout) == (0, f"eagleray {__version__}\n")
+
+
+def test_a_call_without_a_verb_shows_the_verbs_in_the_order_of_the_journey() -> None:
+    done = eagleray()
+    assert done.returncode == 2
+    verbs = [line.split()[0] for line in done.stderr.split("Commands:\n")[1].splitlines() if line.strip()]
+    known = [verb for verb in ORDER if verb in verbs]
+    assert verbs[: len(known)] == known
+    assert {"init", "validate", "models", "store", "jobs", "doctor"} <= set(verbs)
+
+
+@pytest.mark.parametrize("group", ["models", "store", "jobs"])
+def test_every_verb_of_a_group_explains_itself(group: str) -> None:
+    for name, verb in get_command(build_app()).commands[group].commands.items():  # type: ignore[attr-defined]
+        assert verb.help, name
+        assert "json" in {parameter.name for parameter in verb.params}, name
