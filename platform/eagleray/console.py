@@ -27,10 +27,10 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from eagleray.config.loader import LoadedFile, load_files, resolve_store, split_arguments
 from eagleray.errors import EaglerayError, NotFoundError
 
 if TYPE_CHECKING:
+    from eagleray.config.loader import LoadedFile
     from eagleray.store.objects import ObjectStore
 
 INTERRUPTED = 130
@@ -111,6 +111,9 @@ class Output:
         Raises:
             eagleray.errors.ConfigError: Everything that is wrong in the files.
         """
+        # Imported here: the schema is half of the time that `eagleray --help` would take.
+        from eagleray.config.loader import load_files, split_arguments
+
         paths, overrides = split_arguments(arguments)
         loaded = load_files(paths, overrides, store, require_train=require_train)
         for each in loaded:
@@ -169,6 +172,8 @@ def group(app: typer.Typer, name: str, help: str) -> typer.Typer:
 
 def store_location(option: str | None) -> str:
     """Choose the store of a verb that reads no file: `--store`, else `EAGLERAY_STORE`, else `./store`."""
+    from eagleray.config.loader import resolve_store
+
     return resolve_store(option, None)
 
 
