@@ -10,7 +10,7 @@ from typing import Any
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import ConfigError, StoreError, UsageError
-from eagleray.hub import check_directory, read_model_config, without_progress_bars
+from eagleray.hub import check_directory, read_model_config
 from eagleray.models import model_files, open_pretrained
 from eagleray.store.claim import RunClaim, claim_run
 from eagleray.store.decide import Outcome
@@ -61,8 +61,7 @@ def import_model(
     check_directory(root)
     config = _describe(root, name, task or find_task(root), source_lang, target_lang)
     processor = _processor(config, root)
-    with without_progress_bars():
-        model, new = open_pretrained(config, processor)
+    model, new = open_pretrained(config, processor)
     if new:
         raise ConfigError(f"{root} lacks the weights {', '.join(sorted(new))}", "train it first: model.pretrained")
     tensors = {f"model.{key}": value for key, value in _stored(model).items()}

@@ -46,6 +46,19 @@ def test_a_pretrained_translator_keeps_its_weights_prefix_and_tokens(tmp_path: P
     assert answer == [{"text": expected}]
 
 
+def test_a_hub_id_is_opened_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "a" * 40
+    root = tmp_path / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    save_t5(root / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    _, _, model = open_parts("translation", PAIRS, pretrained="org/tiny")
+    assert type(model).__name__ == "T5ForConditionalGeneration"
+    with pytest.raises(ConfigError, match="'org/tiny' is no directory, and the hub gave no such checkpoint"):
+        open_parts("translation", PAIRS, pretrained="org/tiny", revision="b" * 40)
+
+
 def test_the_loss_of_a_pretrained_translator_is_its_own_times_the_count(tmp_path: Path) -> None:
     task, processor, model = open_parts("translation", PAIRS, pretrained=str(save_t5(tmp_path)))
     batch = task.collate([task.encode(row, processor).features for row in PAIRS], processor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eagleray.config.families import parse_family
 from eagleray.config.schema import ModelConfig, RunConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError
-from eagleray.hub import locate_pretrained
+from eagleray.hub import locate_pretrained, without_progress_bars
 from eagleray.models.initialize import initialize, materialize
 from eagleray.tasks import Processor, task_class
 from eagleray.tasks.base import Head
@@ -239,15 +239,16 @@ def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module,
     if processor.labels and tuple(hf_config.id2label.values()) != tuple(processor.labels):
         for key, value in _label_keys(processor).items():
             setattr(hf_config, key, value)
-    model, info = _auto_class(config).from_pretrained(
-        directory,
-        config=hf_config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=bool(processor.labels),
-        output_loading_info=True,
-    )
+    with without_progress_bars():
+        model, info = _auto_class(config).from_pretrained(
+            directory,
+            config=hf_config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=bool(processor.labels),
+            output_loading_info=True,
+        )
     new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     model.config.name_or_path = ""  # a directory of this machine, which must not travel in a checkpoint
     return model, new
