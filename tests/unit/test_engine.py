@@ -14,7 +14,7 @@ from tiny_models import PAIRS, ROWS, tiny_config, tiny_parts
 
 from eagleray.engine import Batcher, BatchLimits, Engine, ItemError, ModelThread, Prepared, load_engine
 from eagleray.errors import CheckpointDamagedError
-from eagleray.tasks import Answer, Batch, Example, Processor
+from eagleray.tasks import Answer, Batch, Encoded, Example, Processor
 from eagleray.tasks.translation import TranslationTask
 
 LIMITS = BatchLimits(max_items=4, max_tokens=96)
@@ -94,6 +94,30 @@ def test_an_item_that_makes_the_model_fail_fails_alone() -> None:
     assert (
         isinstance(failed, ItemError) and failed.message == "the model failed on this item: ValueError: poisoned"
     )
+
+
+class FragileTask(EchoTask):
+    """Raises what a user's task may raise, in every method that sees a single item."""
+
+    def encode(self, example: Example, processor: Processor, *, answer: bool = False) -> Encoded:
+        if example["source"] == "odd":
+            raise KeyError("surprise")
+        return super().encode(example, processor, answer=answer)
+
+    def join(self, example: Example, parts: Sequence[Example], answers: Sequence[Answer]) -> Answer:
+        raise ZeroDivisionError("nobody can join")
+
+
+def test_whatever_a_task_raises_on_an_item_concerns_that_item_alone() -> None:
+    config = tiny_config()
+    _, processor, model = tiny_parts(config)
+    engine = Engine(model, FragileTask(config), processor, ref="echo@r1-step-00000001", limits=LIMITS)
+    long = "One sentence is here. " * 4
+    answers = engine.answer([{"source": text} for text in ("a", "odd", long, "b")])
+    assert texts(answers) == ["A", "invalid_item", "model_failed", "B"]
+    odd, joined = answers[1], answers[2]
+    assert isinstance(odd, ItemError) and odd.message == "the task cannot use this item: KeyError: 'surprise'"
+    assert isinstance(joined, ItemError) and "ZeroDivisionError: nobody can join" in joined.message
 
 
 def test_an_item_that_cannot_be_used_fails_alone() -> None:

@@ -18,6 +18,8 @@ from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_CHARACTERS = 300
+
 
 class OpenedCheckpoint(Protocol):
     """What an engine reads of a committed version."""
@@ -157,6 +159,10 @@ class Engine:
             pieces = [self.task.encode(part, self.processor, answer=True) for part in parts]
         except DataError as error:
             return ItemError("invalid_item", error.message, error.hint)
+        except Exception as error:
+            # A user's task raises what it likes on an item that is not what it expects.
+            logger.warning("%s cannot encode an item", self.summary.ref, exc_info=True)
+            return ItemError("invalid_item", f"the task cannot use this item: {_shown(error)}")
         if any(piece.truncated for piece in pieces):
             return self._too_long(splitting=len(parts) > 1)
         features, lengths = [piece.features for piece in pieces], [piece.length for piece in pieces]
@@ -201,7 +207,13 @@ class Engine:
             if isinstance(answer, ItemError):
                 return answer
             found.append(answer)
-        return found[0] if len(found) == 1 else self.task.join(item.example, item.parts, found)
+        if len(found) == 1:
+            return found[0]
+        try:
+            return self.task.join(item.example, item.parts, found)
+        except Exception as error:
+            logger.exception("%s cannot join the parts of an item", self.summary.ref)
+            return ItemError("model_failed", f"the answers to its parts cannot be joined: {_shown(error)}")
 
     def _too_long(self, *, splitting: bool) -> ItemError:
         limit = f"{self.summary.max_tokens} tokens" if self.summary.max_tokens else "model's limit"
@@ -232,6 +244,10 @@ def load_engine(
     load_weights(model, checkpoint.tensors())
     limits = limits or BatchLimits(config.serve.max_batch_size, config.serve.max_batch_tokens)
     return Engine(model, task, task.load_processor(files), ref=checkpoint.ref, limits=limits, device=device)
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS]
 
 
 def _summarise(task: Task, processor: Processor, ref: str) -> ModelSummary:
