@@ -11,9 +11,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import eagleray
 from eagleray import __version__, cli
 from eagleray.errors import EaglerayError
 from eagleray.store.objects import ObjectStore
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _exit_in_order)
     records = JobRecords(ObjectStore.open(options.store))
-    records.start(options.id, {"host": socket.gethostname(), "pid": os.getpid(), "eagleray": __version__})
+    records.start(options.id, _where())
     status, found = run_verb(options.verb)
     if found is not None:
         print(json.dumps(found), flush=True)
@@ -41,6 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except EaglerayError:
         traceback.print_exc()  # the verb's own status says more than that its record could not be written
     sys.exit(status)
+
+
+def _where() -> dict[str, Any]:
+    """Say what runs where, without importing any of it."""
+    ray = find_spec("ray")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "python": sys.executable,
+        "ray": ray.origin if ray is not None else None,
+        "eagleray": __version__,
+        "package": eagleray.__file__,
+    }
 
 
 def run_verb(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
