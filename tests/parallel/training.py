@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.schema import RunConfig
+from eagleray.errors import EaglerayError, StoreError
 from eagleray.models import build_model, model_files
-from eagleray.parallel import build_mesh
+from eagleray.parallel import apply_layout, build_mesh, data_coordinate
 from eagleray.parallel.gradients import whole
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import version_name
@@ -28,9 +29,16 @@ from eagleray.store.runs import RunHandle, run_dir
 from eagleray.store.saver import CheckpointSaver, SaveResult
 from eagleray.tasks import load_task
 from eagleray.tasks.base import Answer, Batch, Example, Features, Loss, Processor, Task
-from eagleray_jobs.train.loop import Parts, run_loop
+from eagleray_jobs.data.cursor import Cursor
+from eagleray_jobs.train.batches import Batches
+from eagleray_jobs.train.evaluation import Evaluator
+from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.loop import run_loop
 from eagleray_jobs.train.metrics import JsonlFile, MetricSink
+from eagleray_jobs.train.optimizer import build_optimizer
+from eagleray_jobs.train.parts import Parts
 from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
+from eagleray_jobs.train.step import TrainStep
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty".split()
 DEFAULTS: dict[str, Any] = {
@@ -118,10 +126,10 @@ class MemoryRows:
 class Recording(Task):
     """A task that notes the rows of every training step, and can spoil a loss."""
 
-    def __init__(self, inner: Task, nan_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, inner: Task, job: Job) -> None:
         super().__init__(inner.config)
         self._inner = inner
-        self._nan_at = nan_at
+        self._job = job
         self.best_metric = inner.best_metric  # type: ignore[misc]
         self.step = 0
         self.seen: dict[int, list[int]] = {}
@@ -145,8 +153,11 @@ class Recording(Task):
         if model.training:
             self.num_forwards += 1
             self.seen.setdefault(self.step, []).extend(batch["ids"].tolist())
-            if self._nan_at == (self.step, dist.get_rank()):
+            here = (self.step, dist.get_rank())
+            if here == self._job.nan_at:
                 return Loss(loss.total * float("nan"), loss.count)
+            if here == self._job.infinite_gradient_at:
+                return Loss(loss.total + (loss.total - loss.total).sqrt(), loss.count)
         return loss
 
     def predict(
@@ -165,6 +176,17 @@ def _scripted(config: RunConfig, step: int) -> dict[str, float]:
     return {"quality": 1.0 - abs(step - 4) / 10}
 
 
+class Refusing(ObjectStore):
+    """A store that can refuse a manifest."""
+
+    refused_step: int | None = None
+
+    def put(self, key: str, data: Any, *, create: bool = False) -> None:
+        if self.refused_step is not None and key.endswith(f"step-{self.refused_step:08d}/manifest.json"):
+            raise StoreError("refused")
+        super().put(key, data, create=create)
+
+
 @dataclass(frozen=True)
 class Job:
     """A run to be made on all ranks.
@@ -179,6 +201,10 @@ class Job:
         kill_at: (step, rank) at which that rank's process ends without a word.
         abandon_at: Step at which every rank raises `Abandoned`.
         nan_at: (step, rank) whose loss is NaN.
+        infinite_gradient_at: (step, rank) whose loss is finite and its gradient is not.
+        unused_parameter: Give the model a parameter that its loss does not depend on.
+        refuse_save_of: Step whose manifest the store refuses.
+        fails: The loop is expected to raise; the error is returned, so that the group of processes lives on.
     """
 
     config: RunConfig
@@ -190,6 +216,13 @@ class Job:
     kill_at: tuple[int, int] | None = None
     abandon_at: int | None = None
     nan_at: tuple[int, int] | None = None
+    infinite_gradient_at: tuple[int, int] | None = None
+    unused_parameter: bool = False
+    refuse_save_of: int | None = None
+    fails: bool = False
+
+    def replaced(self, **changes: Any) -> Job:
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -205,6 +238,7 @@ class Outcome:
         saved: Committed or failed saves, and the step before which the loop told of them.
         num_forwards: Forward passes in training.
         num_prunes: How often retention ran here.
+        error: What the loop raised.
     """
 
     result: LoopResult | None
@@ -215,6 +249,7 @@ class Outcome:
     saved: list[tuple[int, SaveResult]]
     num_forwards: int
     num_prunes: int
+    error: EaglerayError | None = None
 
 
 class Abandoned(Exception):
@@ -255,23 +290,29 @@ def _processor(task_name: str) -> Processor:
 
 def train(job: Job) -> Outcome:
     """Run the job on this rank, from its checkpoint if it names one."""
-    store = ObjectStore.open(job.folder)
+    store = Refusing.open(job.folder)
+    store.refused_step = job.refuse_save_of
     layout = layout_of(job)
     handle = RunHandle(store, "tiny", 1, 1, f"start{job.resume_step or 0}")
     if not store.exists("runs/tiny/r1/epochs/00000001.json") and dist.get_rank() == 0:
         store.put("runs/tiny/r1/epochs/00000001.json", b"{}")
     processor = _processor(job.config.task)
     inner = load_task(job.config)
-    task = Recording(inner, job.nan_at)
+    task = Recording(inner, job)
     task.step = job.resume_step or 0
     control = TestControl(job, task)
     saver = CheckpointSaver(None, handle, layout=layout, config=job.config, timeout_s=20)
     parts, prunes = _parts(job, task, processor, store, saver)
     spec = WorkerSpec(job.config, handle, "unused", layout, job.config.train.max_steps)  # type: ignore[union-attr,arg-type]
+    result, raised = None, None
     try:
         result = run_loop(spec, parts, control)
     except Abandoned:
-        result = None
+        pass
+    except EaglerayError as error:
+        if not job.fails:
+            raise
+        raised = error
     return Outcome(
         result,
         {record.step: record.loss for record in control.records},
@@ -281,6 +322,7 @@ def train(job: Job) -> Outcome:
         control.saves,
         task.num_forwards,
         len(prunes),
+        raised,
     )
 
 
@@ -294,6 +336,8 @@ def _parts(
 ) -> tuple[Parts, list[int]]:
     device = torch.device("cpu")
     model = build_model(job.config, processor, device)
+    if job.unused_parameter:
+        model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
     examples = examples_of(job.config.task, job.num_examples + job.num_validation)
     resume = None
     if job.resume_step is not None:
@@ -313,6 +357,7 @@ def _parts(
         validation=MemoryRows(task, processor, examples[job.num_examples :]),
         device=device,
         mesh=build_mesh(layout_of(job), "cpu", timeout_s=20),
+        exchange=Exchange(20.0),
         files=model_files(model, job.config, processor),
         saver=saver,
         resume=resume,
@@ -320,6 +365,62 @@ def _parts(
         prune=lambda: prunes.append(task.step),
     )
     return parts, prunes
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the first step, over the global batch, and their norm."""
+
+    tensors: dict[str, Tensor]
+    norm: float
+
+
+def first_gradients(config: RunConfig) -> Gradients:
+    """Take one step at a learning rate of zero and return what the optimizer was given."""
+    parts, step = _step(config)
+    batches = Batches(
+        Cursor(len(parts.train), 64, 0),
+        parts.train,
+        parts.task,
+        parts.processor,
+        data_coordinate(parts.mesh),
+        max_rows=config.train.per_device_train_batch_size,  # type: ignore[union-attr]
+    )
+    result = step.run(batches.load(1), 0.0, stop=False, saving=False)
+    named = parts.model.named_parameters()
+    return Gradients({name: p.grad.clone() for name, p in named if p.grad is not None}, float(result.grad_norm))
+
+
+def evaluate_once(config: RunConfig, count: int) -> dict[str, float]:
+    """Score a fresh model with the task's own answers and scores."""
+    processor = _processor(config.task)
+    task = load_task(config)
+    exchange = Exchange(20.0)
+    evaluator = Evaluator(
+        task,
+        processor,
+        MemoryRows(task, processor, examples_of(config.task, count)),
+        exchange,
+        data_coordinate(build_mesh(Layout(replicate=dist.get_world_size()), "cpu")),
+        torch.device("cpu"),
+        batch_size=config.train.per_device_eval_batch_size,  # type: ignore[union-attr]
+        max_examples=25,
+        seed=0,
+    )
+    return evaluator.run(build_model(config, processor, "cpu"), 1)
+
+
+def _step(config: RunConfig) -> tuple[Parts, TrainStep]:
+    assert config.train is not None
+    task, layout, device = load_task(config), Layout(replicate=dist.get_world_size()), torch.device("cpu")
+    processor, mesh = _processor(config.task), build_mesh(layout, "cpu", timeout_s=20)
+    model = build_model(config, processor, device)
+    rows = MemoryRows(task, processor, examples_of(config.task, 200))
+    exchange = Exchange(20.0)
+    parts = Parts(model, task, processor, rows, None, device, mesh, exchange, {}, saver=None)  # type: ignore[arg-type]
+    called = apply_layout(model, layout, mesh, device)
+    optimizer = build_optimizer(model, config.train)
+    return parts, TrainStep(called, task, optimizer, config.train, exchange, data_coordinate(mesh), device)
 
 
 def committed_steps(folder: str) -> list[int]:
@@ -343,6 +444,3 @@ def with_train(config: RunConfig, **train: Any) -> RunConfig:
     """Return the file with other keys in its `train` section."""
     assert config.train is not None
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
-
-
-__all__ = ["Job", "Outcome", "committed_steps", "logged_steps", "make_config", "replace", "train", "with_train"]

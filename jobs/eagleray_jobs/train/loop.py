@@ -3,64 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import NonFiniteLossError
 from eagleray.models.plans import parallel_plan
 from eagleray.parallel import DataCoordinate, ParallelOptions, apply_layout, data_coordinate, gathered
-from eagleray.tasks.base import Processor, Task
 from eagleray_jobs.data.cursor import Cursor
-from eagleray_jobs.train.batches import Batches, Rows, StepBatch, prefetch
-from eagleray_jobs.train.evaluation import Evaluator, ScoredRows
+from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
+from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
-from eagleray_jobs.train.metrics import MetricSink, MetricWriter, Throughput, memory_bytes
+from eagleray_jobs.train.metrics import MetricWriter, Throughput, memory_bytes
 from eagleray_jobs.train.optimizer import build_optimizer
+from eagleray_jobs.train.parts import Parts
 from eagleray_jobs.train.progress import Due, Goal, Progress, due_after, out_of_patience, outcome_at_start
-from eagleray_jobs.train.saving import Saver, Saves
+from eagleray_jobs.train.saving import Saves
 from eagleray_jobs.train.schedule import learning_rate
 from eagleray_jobs.train.spec import Control, LoopResult, MetricRecord, WorkerSpec
-from eagleray_jobs.train.state import Restorable, TrainState
+from eagleray_jobs.train.state import TrainState
 from eagleray_jobs.train.step import StepResult, TrainStep
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the loop works on; `parts.assemble` builds it from the store, a test from fakes.
-
-    Attributes:
-        model: The model on `device`, with its initial weights.
-        task: Loss, answers, scores.
-        processor: Of the task.
-        train: The training split.
-        validation: The validation split; None or empty: nothing is evaluated.
-        device: Where this rank computes.
-        mesh: All ranks, from `build_mesh`.
-        files: What a checkpoint holds besides tensors and state, so that it can be opened.
-        saver: Commits checkpoints.
-        resume: The version to go on from.
-        sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
-        prune: Applies `train.save_total_limit`.
-    """
-
-    model: nn.Module
-    task: Task
-    processor: Processor
-    train: Rows
-    validation: ScoredRows | None
-    device: torch.device
-    mesh: DeviceMesh
-    files: dict[str, bytes]
-    saver: Saver
-    resume: Restorable | None = None
-    sinks: Callable[[int], Sequence[MetricSink]] = lambda step: ()
-    prune: Callable[[], None] | None = None
 
 
 def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
@@ -83,7 +45,7 @@ class _Loop:
         config, coordinate = spec.train, data_coordinate(parts.mesh)
         self.reshard_after_forward = spec.config.parallel.reshard_after_forward
         self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
-        self.exchange = Exchange(config.ddp_timeout)
+        self.exchange = parts.exchange
         model = apply_layout(
             parts.model,
             spec.layout,
@@ -128,7 +90,7 @@ class _Loop:
 
     def restore(self) -> Progress:
         resume = self.parts.resume
-        progress = Progress() if resume is None else self.state.restore(resume)
+        progress = Progress() if resume is None else self.state.restore(resume, self.exchange.group)
         if self.is_first:
             self.metrics = MetricWriter(self.parts.sinks(progress.step))
         return progress
@@ -190,11 +152,10 @@ class _Loop:
         )
 
     def check_gradient(self, step: int, result: StepResult) -> None:
-        """Before anything is shown or stored: an infinite gradient of a finite loss spoils the weights, too."""
-        if not self.step.scaler.is_enabled() and not math.isfinite(float(result.grad_norm)):
-            raise self.with_last_good(
-                NonFiniteLossError(f"the gradient of step {step} is {float(result.grad_norm)} on every rank")
-            )
+        """Before anything is shown or stored: the gradient of a finite loss can spoil the weights, too."""
+        if self.step.scaler.is_enabled() or math.isfinite(float(result.grad_norm)):
+            return
+        raise self.with_last_good(NonFiniteLossError(f"the gradient of step {step} is not finite"))
 
     def with_last_good(self, error: NonFiniteLossError) -> NonFiniteLossError:
         self.saves.finish()

@@ -67,7 +67,7 @@ class Saves:
     """
 
     def __init__(
-        self, saver: Saver, control: Control, last_ref: str | None, prune: Callable[[], None] | None
+        self, saver: Saver, control: Control, last_ref: str | None, prune: Callable[[], object] | None
     ) -> None:
         self._saver = saver
         self._control = control
@@ -131,7 +131,7 @@ class Saves:
             self._pool.submit(self._prune_safely, self._prune)
 
     @staticmethod
-    def _prune_safely(prune: Callable[[], None]) -> None:
+    def _prune_safely(prune: Callable[[], object]) -> None:
         try:
             prune()
         except Exception as error:

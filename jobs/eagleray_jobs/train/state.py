@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,13 +18,16 @@ from eagleray_jobs.train.progress import Progress
 class Restorable(Protocol):
     """What restoring needs of a committed version."""
 
-    ref: str
+    @property
+    def ref(self) -> str:
+        """Its name, for messages."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """Return `state.json`."""
         ...
 
-    def load_into(self, tensors: dict[str, Tensor]) -> int:
+    def load_into(self, tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> int:
         """Fill tensors in place, each rank its part; return the bytes read."""
         ...
 
@@ -30,12 +35,11 @@ class Restorable(Protocol):
 class TrainState:
     """What a checkpoint holds of a training run.
 
-    The seam has four methods because there are four things that a layout must not change: which tensors there
-    are (`tensors`), what else must be known to go on (`record`), how both come back (`restore`), and how
-    another run's weights alone come in (`load_weights`). Names are those of the unwrapped module, also
-    under DDP; a parameter that is cut over ranks is a DTensor under the same name, so the store sees one
-    global tensor whatever the layout. Tensors are loaded in place: nothing exists twice, and what the
-    optimizer and DDP already hold stays valid.
+    Three methods, because there are three things that a layout must not change: which tensors there are
+    (`tensors`), what else must be known to go on (`record`), and how both come back (`restore`). Names are those
+    of the unwrapped module, also under DDP; a parameter that is cut over ranks is a DTensor under the same
+    name, so the store sees one global tensor whatever the layout. Tensors are loaded in place: nothing exists
+    twice, and what the optimizer and DDP already hold stays valid.
 
     Args:
         module: The model itself, not its DDP wrapper.
@@ -56,8 +60,12 @@ class TrainState:
         """Return what goes into `state.json`."""
         return progress.as_json() | {"loss_scale": self._scaler.state_dict() or None}
 
-    def restore(self, checkpoint: Restorable) -> Progress:
+    def restore(self, checkpoint: Restorable, process_group: dist.ProcessGroup | None) -> Progress:
         """Load weights, optimizer and loss scale in place and return how far the run was.
+
+        Args:
+            checkpoint: The version to go on from.
+            process_group: The ranks that load together; gloo.
 
         Raises:
             CheckpointDamagedError: `state.json` lacks a key, or a tensor is not what the manifest says.
@@ -68,14 +76,10 @@ class TrainState:
         except KeyError as error:
             raise CheckpointDamagedError(f"{checkpoint.ref}: state.json has no {error}") from error
         create_state(self._optimizer)
-        checkpoint.load_into(self.tensors())
+        checkpoint.load_into(self.tensors(), process_group)
         if loss_scale is not None:
             self._scaler.load_state_dict(loss_scale)
         return progress
-
-    def load_weights(self, checkpoint: Restorable) -> None:
-        """Load the weights alone, in place (`train.init_from`)."""
-        checkpoint.load_into(self._model_tensors())
 
     def _model_tensors(self) -> dict[str, Tensor]:
         # `named_*` gives a tied tensor once; `state_dict` leaves non-persistent buffers out.

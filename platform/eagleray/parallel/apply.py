@@ -108,6 +108,6 @@ def _replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.M
         model,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=mesh.get_group("dp_replicate"),
-        broadcast_buffers=has_statistics,
+        forward_sync_buffers=has_statistics,
         gradient_as_bucket_view=True,
     )

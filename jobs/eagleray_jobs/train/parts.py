@@ -1,0 +1,162 @@
+"""Everything the loop works on, and how a worker makes it from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from eagleray.errors import ConfigError
+from eagleray.models import build_model, load_weights, model_files
+from eagleray.parallel import build_mesh, check_supported
+from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.registry import Registry
+from eagleray.store.runs import RunHandle, run_dir
+from eagleray.store.saver import CheckpointSaver
+from eagleray.store.versions import latest_version
+from eagleray.tasks import Processor, Task, load_task
+from eagleray_jobs.data.dataset import PreparedData
+from eagleray_jobs.train.batches import Rows
+from eagleray_jobs.train.evaluation import ScoredRows
+from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.metrics import FILE_NAME, JsonlFile, JsonlSegments, MetricSink, TensorBoardFiles
+from eagleray_jobs.train.saving import Saver
+from eagleray_jobs.train.spec import WorkerSpec
+from eagleray_jobs.train.state import Restorable
+from eagleray_jobs.train.step import check_precision
+
+Sinks = Callable[[int], Sequence[MetricSink]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop works on; `assemble` makes it from the store, a test from fakes. The loop closes it.
+
+    Attributes:
+        model: The model on `device`, with its initial weights.
+        task: Loss, answers, scores.
+        processor: Of the task.
+        train: The training split.
+        validation: The validation split; None or empty: nothing is evaluated.
+        device: Where this rank computes.
+        mesh: All ranks, from `build_mesh`.
+        exchange: What the ranks tell each other through.
+        files: What a checkpoint holds besides tensors and state, so that it can be opened.
+        saver: Commits checkpoints.
+        resume: The version to go on from.
+        sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
+        prune: Applies `train.save_total_limit`, on rank 0.
+    """
+
+    model: nn.Module
+    task: Task
+    processor: Processor
+    train: Rows
+    validation: ScoredRows | None
+    device: torch.device
+    mesh: DeviceMesh
+    exchange: Exchange
+    files: dict[str, bytes]
+    saver: Saver
+    resume: Restorable | None = None
+    sinks: Sinks = lambda step: ()
+    prune: Callable[[], object] | None = None
+
+
+def assemble(
+    spec: WorkerSpec, device: torch.device, *, extra_sinks: Callable[[], Sequence[MetricSink]] = tuple
+) -> Parts:
+    """Open the data, build the model and find the version to go on from; called by all ranks together.
+
+    Args:
+        spec: What the driver told the workers.
+        device: Where this rank computes.
+        extra_sinks: Makes further places for metrics, on rank 0.
+
+    Raises:
+        ConfigError: The file asks for what the device or this version cannot do.
+        DataError: The prepared data is missing or damaged.
+        CheckpointDamagedError: The version to go on from, or to start from, is not what was committed.
+    """
+    check_supported(spec.layout)
+    check_precision(spec.train, device)
+    check_sinks(spec)
+    task = load_task(spec.config)
+    data = PreparedData(spec.run.store, spec.data_fingerprint)
+    processor = task.load_processor(data.processor_files)
+    model = build_model(spec.config, processor, device)
+    exchange = Exchange(spec.train.ddp_timeout)
+    resume = find_resume(spec.run, exchange)
+    if resume is None and spec.train.init_from is not None:
+        start_from(model, spec.train.init_from, spec.run, exchange)
+    return Parts(
+        model=model,
+        task=task,
+        processor=processor,
+        train=data.split("train"),
+        validation=data.split("validation"),
+        device=device,
+        mesh=build_mesh(spec.layout, device.type, timeout_s=spec.train.ddp_timeout),
+        exchange=exchange,
+        files=model_files(model, spec.config, processor),
+        saver=CheckpointSaver(
+            None, spec.run, layout=spec.layout, config=spec.config, best_metric=task.best_metric
+        ),
+        resume=resume,
+        sinks=partial(make_sinks, spec, extra_sinks),
+        prune=_retention(spec),
+    )
+
+
+def find_resume(run: RunHandle, exchange: Exchange) -> Checkpoint | None:
+    """Open the newest version that the run has committed, the same on every rank; None: the run begins."""
+    found = latest_version(run.store, run.name, run.run) if exchange.rank == 0 else None
+    version: str | None = exchange.broadcast(found)
+    return None if version is None else Checkpoint.open(run.store, run.name, version)
+
+
+def start_from(model: nn.Module, ref: str, run: RunHandle, exchange: Exchange) -> None:
+    """Load the weights of another version (`train.init_from`), the same on every rank.
+
+    Raises:
+        NotFoundError: There is no such version.
+        CheckpointDamagedError: It is damaged, or its weights do not fit the model.
+    """
+    registry = Registry(run.store)
+    full_ref: str = exchange.broadcast(registry.resolve(ref) if exchange.rank == 0 else None)
+    load_weights(model, registry.open(full_ref).tensors())
+
+
+def make_sinks(spec: WorkerSpec, extra: Callable[[], Sequence[MetricSink]], step: int) -> list[MetricSink]:
+    """Make the places that metrics go to: the run's folder in the store, and what `report_to` names."""
+    store, folder = spec.run.store, run_dir(spec.run.name, spec.run.run)
+    path = store.local_path(f"{folder}/{FILE_NAME}")
+    sinks: list[MetricSink] = [JsonlFile(path, step) if path else JsonlSegments(store, folder, step)]
+    if "tensorboard" in spec.train.report_to:
+        upload = None if path else lambda name, data: store.put(f"{folder}/tensorboard/{name}", data)
+        sinks.append(TensorBoardFiles(path.parent / "tensorboard" if path else None, step, upload))
+    return [*sinks, *extra()]
+
+
+def check_sinks(spec: WorkerSpec) -> None:
+    """Refuse a place for metrics that is not installed.
+
+    Raises:
+        ConfigError: `report_to: [tensorboard]` without TensorBoard.
+    """
+    if "tensorboard" in spec.train.report_to and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "train.report_to names tensorboard, which is not installed", "pip install 'eagleray[tensorboard]'"
+        )
+
+
+def _retention(spec: WorkerSpec) -> Callable[[], object] | None:
+    limit = spec.train.save_total_limit
+    if limit is None:
+        return None
+    return partial(Registry(spec.run.store).apply_retention, spec.run.name, limit)
