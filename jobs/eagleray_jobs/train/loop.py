@@ -46,6 +46,8 @@ class _Loop:
         self.reshard_after_forward = spec.config.parallel.reshard_after_forward
         self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
         self.exchange = parts.exchange
+        if config.torch_compile:
+            parts.model.compile()  # in place: names stay, and DDP wraps what is compiled
         model = apply_layout(
             parts.model,
             spec.layout,
