@@ -5,10 +5,13 @@ from __future__ import annotations
 import typer
 
 from eagleray_jobs import model_commands
+from eagleray_jobs.answering import evaluate, predict
 from eagleray_jobs.submit import commands as submit
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    app.command()(evaluate)
+    app.command()(predict)
     model_commands.register(app)
     submit.register(app)

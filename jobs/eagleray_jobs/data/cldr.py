@@ -25,8 +25,8 @@ from babel.units import format_unit
 
 from eagleray_jobs.data.split import SplitShares
 
-LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "it", "nl", "pl", "pt", "sv", "tr")
-"""The languages of `cldr-langid` by default: one script, so that letters alone do not decide."""
+LANGUAGES = ("de", "el", "en", "es", "fi", "fr", "it", "nl", "pl", "pt", "ru", "tr")
+"""The languages of `cldr-langid` by default."""
 
 Say = Callable[[str], str]
 """Says one thing in a language, given as a CLDR code."""
@@ -78,9 +78,11 @@ COMMON: Mapping[str, frozenset[str]] = {
     ),
 }
 """What lists and amounts of a translation are made of: few enough to be learnt in a minute or two."""
-TELLING_KINDS = ("territory", "language", "script", "currency", "date", "unit", "amount", "duration", "list")
-PHRASES_PER_KIND = 350
-"""About as many of each kind in a language, so that names do not drown among the dates."""
+PHRASES_PER_KIND = {
+    "territory": 300, "language": 700, "currency": 300, "date": 350, "unit": 350, "amount": 500, "duration": 250,
+    "list": 1000,
+}  # fmt: skip
+"""About how many of each kind tell the languages apart, so that names do not drown among dates."""
 
 T = TypeVar("T")
 
@@ -140,10 +142,10 @@ def _thinned(said: Iterable[Phrase]) -> Iterator[Phrase]:
     """Yield evenly spaced phrases of each kind that tells languages apart."""
     by_kind: dict[str, list[Phrase]] = defaultdict(list)
     for phrase in said:
-        if phrase.kind in TELLING_KINDS:
+        if phrase.kind in PHRASES_PER_KIND:
             by_kind[phrase.kind].append(phrase)
-    for same_kind in by_kind.values():
-        yield from same_kind[:: max(1, len(same_kind) // PHRASES_PER_KIND)]
+    for kind, found in by_kind.items():
+        yield from found[:: max(1, len(found) // PHRASES_PER_KIND[kind])]
 
 
 def phrases(languages: Sequence[str], shares: SplitShares, *, common: bool = False) -> Iterator[Phrase]:

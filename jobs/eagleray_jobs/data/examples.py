@@ -50,13 +50,17 @@ class ExampleReader:
             DataError: A row cannot be used, and `data.on_bad_row` is `stop`.
         """
         for row in piece.rows():
-            example = self._adapt(row.values or {}, piece.folder)
-            problem = row.problem or self._find_missing(row) or find_problem(example, self.columns)
+            example, problem = self.example(row, piece.folder)
             if problem is None:
                 example["key"] = key = self._key(row.values or {}, example)
                 yield row, piece.split or self.shares.of(key), example
             else:
                 self.refuse(row, problem, skipped)
+
+    def example(self, row: Row, folder: str | None = None) -> tuple[dict[str, Any], str | None]:
+        """Return a row as an example, and why it cannot be used (None: it can)."""
+        example = self._adapt(row.values or {}, folder)
+        return example, row.problem or self._find_missing(row) or find_problem(example, self.columns)
 
     def refuse(self, row: Row, problem: str, skipped: SkippedRows) -> None:
         """Stop at a row, or count it as skipped.
@@ -82,7 +86,8 @@ class ExampleReader:
 
     def _find_missing(self, row: Row) -> str | None:
         values = row.values or {}
-        wanted = {theirs: f" (data.columns: {own})" for own, theirs in self.data.columns.items()}
+        mapped = {own: theirs for own, theirs in self.data.columns.items() if own in self.columns}
+        wanted = {theirs: f" (data.columns: {own})" for own, theirs in mapped.items()}
         if self.data.split_key is not None:
             wanted[self.data.split_key] = " (data.split_key)"
         for column, why in wanted.items():

@@ -145,20 +145,22 @@ def format_of(file: InputFile) -> Format:
     return FORMATS[suffix]
 
 
-def index_lines(file: InputFile, *, quoted: bool = False) -> FileIndex:
-    """Find where every `ROWS_PER_PIECE`-th row begins.
+def index_lines(file: InputFile, *, quoted: bool = False, rows_per_piece: int | None = None) -> FileIndex:
+    """Find where every so many rows begin.
 
     Args:
         file: The file.
         quoted: A line end between double quotes does not end a row (CSV).
+        rows_per_piece: How many; default: `ROWS_PER_PIECE`.
     """
+    rows_per_piece = rows_per_piece or ROWS_PER_PIECE
     with file.open() as stream:
         lines = _Lines(stream)
         starts = [(0, 1)]
         num_rows = 0
         while lines.skip_row(quoted):
             num_rows += 1
-            if num_rows % ROWS_PER_PIECE == 0:
+            if num_rows % rows_per_piece == 0:
                 starts.append((lines.offset, lines.num_read + 1))
     bounds = [start for start, _ in starts[1:]] + [lines.offset]
     spans = (Span(start, end, line) for (start, line), end in zip(starts, bounds, strict=True))

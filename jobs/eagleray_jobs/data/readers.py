@@ -105,12 +105,23 @@ class ParallelPiece:
 
 @dataclass(frozen=True, slots=True)
 class ParquetPiece:
-    """One row group of a Parquet file."""
+    """Rows of one row group of a Parquet file.
+
+    Attributes:
+        file: The file.
+        row_group: Which group.
+        first_row: Number of the group's first row in the file, from 1.
+        split: The split of its rows.
+        start: The first row in the group that belongs to the piece.
+        stop: The row behind the last one; None: all.
+    """
 
     file: InputFile
     row_group: int
     first_row: int
     split: Split | None
+    start: int = 0
+    stop: int | None = None
 
     @property
     def folder(self) -> str:
@@ -119,12 +130,39 @@ class ParquetPiece:
 
     def rows(self) -> Iterator[Row]:
         """Read the rows, a batch at a time."""
-        number = self.first_row
-        parquet = open_parquet(self.file)
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, row_groups=[self.row_group]):
-            for i in range(batch.num_rows):
-                yield _parquet_row(f"{self.file.uri}:{number}", batch.slice(i, 1))
-                number += 1
+        position = 0
+        for batch in open_parquet(self.file).iter_batches(PARQUET_BATCH_ROWS, row_groups=[self.row_group]):
+            first, last = max(self.start - position, 0), batch.num_rows
+            last = last if self.stop is None else min(last, self.stop - position)
+            for i in range(first, last):
+                yield _parquet_row(f"{self.file.uri}:{self.first_row + position + i}", batch.slice(i, 1))
+            position += batch.num_rows
+            if self.stop is not None and position >= self.stop:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Lines of plain text."""
+
+    file: InputFile
+    span: Span
+    column: str
+    split: Split | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where paths in the rows begin."""
+        return self.file.folder
+
+    def rows(self) -> Iterator[Row]:
+        """Read the rows."""
+        for number, line in _lines(self.file, self.span):
+            place = f"{self.file.uri}:{number}"
+            try:
+                yield Row(place, {self.column: line.decode()})
+            except UnicodeDecodeError as error:
+                yield Row(place, None, _describe(error), raw=repr(line))
 
 
 def read_header(file: InputFile, span: Span, delimiter: str) -> tuple[str, ...]:

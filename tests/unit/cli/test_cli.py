@@ -72,7 +72,7 @@ def test_an_error_is_a_message_without_a_traceback_unless_verbose(tmp_path: Path
 def test_a_misspelt_verb_suggests_the_nearest() -> None:
     done = eagleray("validat", "x.yaml")
     assert done.returncode == 2
-    assert "error: No such command 'validat'. Did you mean 'validate'?" in done.stderr
+    assert "error: No such command 'validat'. Did you mean 'validate'" in done.stderr
 
 
 def test_a_wrong_call_is_one_object_with_json() -> None:

@@ -1,0 +1,91 @@
+"""Many copies of one committed model: what `evaluate` and `predict` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from eagleray.config.schema import RunConfig
+from eagleray.engine import Engine, load_engine
+from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.objects import ObjectStore
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+LoadEngine = Callable[[], Engine]
+"""Loads the model; picklable."""
+
+
+class RunItems(Protocol):
+    """Runs a function on items by a pool of workers; the results keep the order of the items."""
+
+    def __call__(self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the result of each item; `make` makes the function, once in each worker."""
+
+
+def run_in_line(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
+    """Run in this process."""
+    function = make()
+    return (function(item) for item in items)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLoader:
+    """Loads a committed version from the store.
+
+    Attributes:
+        store: The store.
+        name: Name of the model.
+        version: `r2-step-00001200`.
+        device: Where it runs.
+    """
+
+    store: ObjectStore
+    name: str
+    version: str
+    device: str = "cpu"
+
+    def __call__(self) -> Engine:
+        """Load it; every byte is verified."""
+        return load_engine(Checkpoint.open(self.store, self.name, self.version), self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class ActorPool:
+    """Runs items on Ray Data's actors.
+
+    Attributes:
+        max_workers: Actors at most.
+        num_cpus: CPUs of one.
+        num_gpus: GPUs of one.
+    """
+
+    max_workers: int
+    num_cpus: float
+    num_gpus: float = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, nodes: Sequence[dict[str, float]], num_workers: int | None) -> ActorPool:
+        """Size a pool: as many workers as are asked for, else as many as the cluster has room for."""
+        resources = config.resources
+        num_cpus = resources.resources_per_worker.get("CPU", 1.0)
+        gpus = sum(node.get("GPU", 0) for node in nodes)
+        use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
+        cpus = sum(node.get("CPU", 0) for node in nodes)
+        room = int(gpus) if use_gpu else int(cpus // num_cpus if num_cpus else cpus)
+        return cls(num_workers or max(1, room), num_cpus, 1 if use_gpu else 0)
+
+    @property
+    def device(self) -> str:
+        """Where the models run."""
+        return "cuda" if self.num_gpus else "cpu"
+
+    def __call__(self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order."""
+        from eagleray_jobs.ray_map import map_on_actors
+
+        return map_on_actors(
+            make, items, max_workers=self.max_workers, num_cpus=self.num_cpus, num_gpus=self.num_gpus
+        )
