@@ -16,7 +16,8 @@ class DecodingOptions:
     Attributes:
         num_beams: Beams; 1 is greedy.
         max_new_tokens: Longest answer, in tokens.
-        forced_bos_token_id: First token of every answer (the language, of a multilingual model).
+        forced_bos_token_id: First token of every answer (the language, of a multilingual model); None: the model's
+            own choice.
     """
 
     num_beams: int = 1
@@ -39,13 +40,16 @@ def generate(
         options: How to decode.
     """
     hf_model: Any = model
+    first = options.forced_bos_token_id
+    # None would override what the model's own generation config forces.
+    forced = {} if first is None else {"forced_bos_token_id": first}
     tokens_BT = hf_model.generate(
         input_ids=input_ids_BS,
         attention_mask=attention_mask_BS,
         num_beams=options.num_beams,
         max_new_tokens=options.max_new_tokens,
         do_sample=False,
-        forced_bos_token_id=options.forced_bos_token_id,
+        **forced,
     )
     rows: list[list[int]] = tokens_BT.tolist()
     return rows
