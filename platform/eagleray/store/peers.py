@@ -48,13 +48,17 @@ class Peers:
 
     def __init__(self, ranks: Sequence[int] | None, timeout_s: float) -> None:
         self._group: Any = None
+        self._is_part = False
         self.rank, self.world_size = 0, 1
         if ranks is not None:
+            # A group of some ranks is named after them; were it given back, the next one of that name would meet
+            # its old addresses.
+            self._is_part = len(ranks) < dist.get_world_size()
             self._group = dist.new_group(
                 list(ranks),
                 timeout=timedelta(seconds=timeout_s),
                 backend="gloo",
-                use_local_synchronization=True,
+                use_local_synchronization=self._is_part,
             )
             self.rank, self.world_size = dist.get_rank(self._group), len(ranks)
 
@@ -65,9 +69,9 @@ class Peers:
 
     def close(self) -> None:
         """Give the group back."""
-        if self._group is not None:
+        if self._group is not None and not self._is_part:
             dist.destroy_process_group(self._group)
-            self._group = None
+        self._group = None
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value on every rank."""
