@@ -7,10 +7,12 @@ import typer
 from eagleray_jobs import model_commands
 from eagleray_jobs.answering import evaluate, predict
 from eagleray_jobs.submit import commands as submit
+from eagleray_jobs.train.command import train
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's verbs to the command line."""
+    app.command()(train)
     app.command()(evaluate)
     app.command()(predict)
     model_commands.register(app)

@@ -240,7 +240,7 @@ def _init(target: str | None, code: Sequence[str], verbose: bool, dashboard: boo
 
     # Ray warns about a change of its own that does not concern us.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"configure_logging": verbose, "log_to_driver": verbose, "namespace": NAMESPACE}
+    quiet: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE}
     try:
         if target is None:
             ray.init(address="local", num_cpus=count_cpus(), include_dashboard=dashboard, **quiet)
@@ -249,6 +249,8 @@ def _init(target: str | None, code: Sequence[str], verbose: bool, dashboard: boo
                 ray.init(address=target, runtime_env=_environment(Path(staging), code), **quiet)
     except EaglerayError:
         raise
+    except SystemExit as error:  # Ray's own handler of SIGTERM, which is in place meanwhile, exits with 15
+        raise SystemExit(128 + signal.SIGTERM) from error
     except Exception as error:
         raise _explain(error, target, log) from error
     if log is not None:

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray_cluster import RayCluster
+from train_runs import LAST, CommandLine, FinishedRun, weights, write_run
 
 HEAD = """
 import json, sys
@@ -32,19 +33,6 @@ ray.shutdown()
 """
 NUM_CPUS = 8
 START_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class RayCluster:
-    """A running cluster.
-
-    Attributes:
-        address: For `--address` and `ray.init`.
-        dashboard: `http://host:port` of the Jobs API.
-    """
-
-    address: str
-    dashboard: str
 
 
 def free_port() -> int:
@@ -80,7 +68,12 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[RayCluster]:
     """The one cluster of the tier: 8 logical CPUs, whatever the machine has."""
     # A socket's path is limited to 107 bytes: pytest's own temporary directories are too deep.
     with tempfile.TemporaryDirectory(prefix="er-", ignore_cleanup_errors=True) as folder:
-        options = {"num_cpus": NUM_CPUS, "dashboard_port": free_port(), "_temp_dir": folder}
+        options = {
+            "num_cpus": NUM_CPUS,
+            "resources": {"slot": 1},
+            "dashboard_port": free_port(),
+            "_temp_dir": folder,
+        }
         log = Path(folder, "head.log").open("w")
         head = subprocess.Popen(
             [sys.executable, "-c", HEAD, json.dumps(options)],
@@ -104,7 +97,7 @@ def _started(head: subprocess.Popen[str], log: Path) -> RayCluster:
     if not line:
         raise RuntimeError(f"Ray did not start:\n{log.read_text()[-4000:]}")
     found = json.loads(line)
-    return RayCluster(found["address"], f"http://{found['dashboard']}")
+    return RayCluster(found["address"], f"http://{found['dashboard']}", head.pid)
 
 
 def _stop(head: subprocess.Popen[str]) -> None:
@@ -116,3 +109,21 @@ def _stop(head: subprocess.Popen[str]) -> None:
         head.kill()  # its raylet and GCS die with it
         head.wait()
     head.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def command_line(ray_environment: dict[str, str]) -> CommandLine:
+    """`command_line.run("train", file, ...)` calls `eagleray` in a process of its own."""
+    return CommandLine(ray_environment)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """A run of two workers from its first step to its last, which every disturbed one must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file, store = write_run(folder), folder / "store"
+    done = command_line.run("train", file, "--address", ray_cluster.address, "--store", store)
+    assert done.status == 0, done.stderr
+    return FinishedRun(file, store, done, weights(store, LAST))

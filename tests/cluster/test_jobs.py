@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import RayCluster
+from ray_cluster import RayCluster
+
 from eagleray.store.objects import ObjectStore
 from eagleray_jobs.submit.api import RayJobs
 from eagleray_jobs.submit.parcel import Parcel, pack

@@ -1,0 +1,122 @@
+"""Failures of workers as values: which end the run, which are worth a restart, and how many become one message."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eagleray.errors import EaglerayError, WorkerError
+
+_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "connectfullmesh",
+    "socket closed",
+    "timed out waiting",
+    "timed out after",
+    "application timeout caused pair closure",
+    "nccl",
+)
+"""What gloo and NCCL say when another rank is gone: they raise plain RuntimeErrors."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """What a rank raised, in a form that always survives pickling.
+
+    Attributes:
+        world_rank: The rank.
+        kind: Class of the error.
+        message: Its text.
+        traceback: Its traceback, as Python prints it.
+        lost_peer: Another rank went away first; this one only noticed.
+        error: Our own error, with its message and exit status; None for any other class.
+    """
+
+    world_rank: int
+    kind: str
+    message: str
+    traceback: str
+    lost_peer: bool
+    error: EaglerayError | None = None
+
+    @classmethod
+    def of(cls, world_rank: int, error: BaseException) -> RankFailure:
+        """Describe an error that a rank raised."""
+        text = "".join(traceback.format_exception(error))
+        own = error if isinstance(error, EaglerayError) and _survives(error) else None
+        return cls(world_rank, type(error).__name__, str(error), text, _is_lost_peer(error), own)
+
+
+def _survives(error: EaglerayError) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False  # it goes on as text instead: kind, message and traceback
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    if isinstance(error, EaglerayError):
+        return False
+    if isinstance(error, ConnectionError):
+        return True
+    names = {each.__name__ for each in type(error).__mro__}
+    if names & {"DistBackendError", "DistNetworkError", "AcceleratorError"}:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST_PEER)
+
+
+def find_fatal(failures: Sequence[RankFailure]) -> bool:
+    """Whether the run ends: a rank raised for a reason of its own, which a restart would only repeat."""
+    return any(not failure.lost_peer for failure in failures)
+
+
+def merge(failures: Iterable[RankFailure], dead: Iterable[int] = (), hint: str | None = None) -> EaglerayError:
+    """Make one error of the failures of all ranks.
+
+    Equal errors become one with a list of ranks; ranks that only lost a peer are named as such. Our own errors
+    keep their class, message and exit status.
+
+    Args:
+        failures: What ranks raised.
+        dead: Ranks whose process died without raising.
+        hint: Where to look, for an error that brings no hint of its own.
+    """
+    causes: dict[tuple[str, str], list[RankFailure]] = defaultdict(list)
+    waited: list[int] = []
+    for failure in sorted(failures, key=lambda each: each.world_rank):
+        if failure.lost_peer:
+            waited.append(failure.world_rank)
+        else:
+            causes[failure.kind, failure.message].append(failure)
+    if not causes:
+        return WorkerError(
+            _death(sorted(dead), waited), "Look for the kernel's out-of-memory killer and lost nodes."
+        )
+    first, *others = causes.values()
+    own = first[0].error
+    if own is not None and not others:
+        return own
+    parts = [_describe(group) for group in (first, *others)]
+    if waited:
+        parts.append(f"{_ranks(waited)} only waited and lost the connection")
+    return WorkerError("\n".join(parts), hint)
+
+
+def _describe(group: Sequence[RankFailure]) -> str:
+    ranks = _ranks([failure.world_rank for failure in group])
+    return f"{ranks} raised {group[0].kind}: {group[0].message}\n{group[0].traceback.rstrip()}"
+
+
+def _death(dead: Sequence[int], waited: Sequence[int]) -> str:
+    lost = f"the process of {_ranks(dead)} died" if dead else "a worker was lost"
+    return f"{lost}; {_ranks(waited)} noticed" if waited else lost
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

@@ -1,0 +1,54 @@
+"""What can be refused at once: before Ray is started, before torch is imported, before a run is claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eagleray.cluster import check_local, find_address
+from eagleray.config.crosschecks import layout_of
+from eagleray.config.layout import Layout
+from eagleray.config.schema import RunConfig
+from eagleray.errors import StoreURIError
+from eagleray.resources import ResourceRequest
+from eagleray.shipping import code_paths
+
+
+def workers_request(config: RunConfig, layout: Layout, *, use_gpu: bool) -> ResourceRequest:
+    """Return what the workers of a run ask of a cluster."""
+    bundle = dict(config.resources.resources_per_worker)
+    if use_gpu:
+        bundle.setdefault("GPU", 1.0)
+    return ResourceRequest(layout.num_workers, bundle)
+
+
+def check(config: RunConfig, address: str | None) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        config: The file.
+        address: What `--address` says.
+
+    Raises:
+        ConfigError: The degrees do not fit, or `code:` names no directory.
+        ResourceError: This machine has less than the workers ask for.
+        StoreURIError: The store is relative, and the cluster is not ours alone.
+    """
+    layout, is_local = layout_of(config), find_address(address) is None
+    code_paths(config.code)
+    if is_local:
+        check_local(workers_request(config, layout, use_gpu=config.resources.use_gpu is True))
+    elif config.store is not None:
+        check_absolute(config.store)
+
+
+def check_absolute(store: str) -> None:
+    """Refuse a relative store on a joined cluster: on every node it would be another directory.
+
+    Raises:
+        StoreURIError: It is relative.
+    """
+    if "://" not in store and not Path(store).is_absolute():
+        raise StoreURIError(
+            f"the store {store} is a relative path, which is another directory on every node of a cluster",
+            "Give --store, EAGLERAY_STORE or `store:` a shared absolute path, or s3:// or gs://.",
+        )

@@ -1,0 +1,116 @@
+"""`eagleray train` on Ray, with two workers: a whole run, and every way of not reaching its end."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+from ray_cluster import RayCluster
+from train_runs import (
+    LAST,
+    MAX_STEPS,
+    CommandLine,
+    FinishedRun,
+    assert_bitwise_equal,
+    await_commit,
+    finish,
+    metrics,
+    weights,
+    write_run,
+)
+
+
+def test_a_run_commits_measures_and_reports(undisturbed: FinishedRun) -> None:
+    report = undisturbed.done.value
+    assert (report["outcome"], report["ref"], report["step"]) == ("finished", LAST, MAX_STEPS)
+    assert report["num_workers"] == 2 and report["store"] == str(undisturbed.store)
+    assert "accuracy" in report["scores"] and report["restarts"] == 0
+    phases = ["claim", "start Ray", "prepare data", "start workers", "load model", "first step", "train"]
+    assert list(report["phases_s"]) == phases
+    records = metrics(undisturbed.store)
+    assert [record["step"] for record in records] == list(range(1, MAX_STEPS + 1))
+    expected = {"step", "epoch", "loss", "learning_rate", "grad_norm", "examples_per_s", "tokens_per_s"}
+    assert expected | {"memory_bytes"} <= records[0].keys()
+
+
+def test_progress_is_shown_without_a_line_of_rays_own(undisturbed: FinishedRun) -> None:
+    lines = undisturbed.done.stderr.splitlines()
+    assert any(line.startswith("start workers (prepare data took") for line in lines)
+    assert f"committed {LAST}" in lines
+    assert not [
+        line for line in lines if "ray" in line.lower() and not line.startswith(("start Ray", "prepare data"))
+    ]
+
+
+def test_a_finished_run_says_so_and_starts_nothing(undisturbed: FinishedRun, command_line: CommandLine) -> None:
+    done = command_line.run("train", undisturbed.file, "--store", undisturbed.store)
+    assert (done.status, done.value["outcome"], done.value["ref"]) == (0, "already_finished", LAST)
+    assert "start Ray" not in done.stderr
+
+
+def test_another_file_under_the_same_name_is_refused_with_the_key(
+    undisturbed: FinishedRun, command_line: CommandLine
+) -> None:
+    done = command_line.run("train", undisturbed.file, "train.learning_rate=0.5", "--store", undisturbed.store)
+    assert done.status == 2
+    assert "train.learning_rate" in done.value["error"]["message"]
+
+
+def test_a_worker_that_is_killed_is_restarted_and_the_end_is_bitwise_the_same(
+    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, tmp_path: Path
+) -> None:
+    file, store = write_run(tmp_path), tmp_path / "store"
+    with command_line.start("train", file, "--address", ray_cluster.address, "--store", store) as process:
+        await_commit(store, random.choice((4, 8, 12)), process)
+        random.choice(ray_cluster.find_processes("ray::RayTrainWorker")).send_signal(signal.SIGKILL)
+        done = finish(process)
+    assert (done.status, done.value.get("restarts")) == (0, 1), done.stderr
+    assert_bitwise_equal(weights(store, LAST), undisturbed.weights)
+    assert [record["step"] for record in metrics(store)] == list(range(1, MAX_STEPS + 1))
+
+
+def test_interrupted_then_killed_then_started_again_ends_bitwise_the_same(
+    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, tmp_path: Path
+) -> None:
+    file, store = write_run(tmp_path), tmp_path / "store"
+    call = ("train", file, "--address", ray_cluster.address, "--store", store)
+    with command_line.start(*call) as process:
+        await_commit(store, 4, process)
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+    assert (done.status, done.value["outcome"]) == (128 + signal.SIGINT, "stopped"), done.stderr
+    assert done.value["next_commands"] == [f"eagleray train {file} --store {store}"]
+    stopped_at = done.value["step"]
+    assert done.value["ref"] == f"words@r1-step-{stopped_at:08d}"
+    with command_line.start(*call) as process:
+        await_commit(store, (stopped_at // 4 + 1) * 4, process)
+        process.kill()  # the driver, and with it the whole run
+    done = command_line.run(*call)
+    assert (done.status, done.value.get("outcome")) == (0, "finished"), done.stderr
+    assert_bitwise_equal(weights(store, LAST), undisturbed.weights)
+
+
+def test_a_rank_that_raises_ends_the_run_with_its_own_traceback_once(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path
+) -> None:
+    file = write_run(tmp_path, "slow_words:BrokenWords")
+    done = command_line.run("train", file, "--address", ray_cluster.address, "--store", tmp_path / "store")
+    assert (done.status, done.value["error"]["code"]) == (1, "worker")
+    assert "rank 1 raised KeyError: 'no such word'" in done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert 'raise KeyError("no such word")' in done.stderr
+    assert "[restart" not in done.stderr
+    logs = Path(done.value["error"]["hint"].rsplit(" ", 1)[-1])
+    assert any(logs.glob("worker-*"))
+
+
+def test_more_than_a_joined_cluster_has_is_refused_with_the_numbers(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path
+) -> None:
+    file = write_run(tmp_path)
+    asked = "resources.resources_per_worker={CPU: 100}"
+    done = command_line.run("train", file, asked, "--address", ray_cluster.address, "--store", tmp_path / "store")
+    assert (done.status, done.value["error"]["code"]) == (2, "resource")
+    assert "2 workers x CPU 100 = CPU 200, but the cluster at" in done.value["error"]["message"]
+    assert done.value["error"]["message"].endswith("has CPU 8")

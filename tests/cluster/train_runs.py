@@ -1,0 +1,147 @@
+"""The command line as a process, and a small run for it: 24 steps of two workers, dropout on, a commit every 4."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+CODE = Path(__file__).parent / "code"
+MAX_STEPS = 24
+LAST = f"words@r1-step-{MAX_STEPS:08d}"
+STEP_S = 0.25
+"""What `slow_words` sleeps in a step."""
+TIMEOUT_S = 240.0
+
+FILE = """
+name: words
+task: {task}
+code: [{code}]
+model:
+  family: bert
+  config:
+    {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
+      hidden_dropout_prob: 0.1, max_position_embeddings: 32}}
+  tokenizer: {{type: bpe, vocab_size: 300}}
+data: {{train: {data}, max_source_length: 16}}
+train:
+  {{max_steps: {max_steps}, global_batch_size: 8, learning_rate: 1.0e-3, logging_steps: 1, save_steps: 4, seed: 7}}
+parallel: {{data_parallel_replicate_degree: 2}}
+resources: {{resources_per_worker: {{CPU: 0.5}}, use_gpu: false}}
+"""
+
+
+def write_run(folder: Path, task: str = "slow_words:SlowWords") -> Path:
+    """Write the file and its data; the same content in every folder."""
+    words = ("manta", "eagle", "cownose", "spotted", "devil", "stingray")
+    rows = [
+        {"text": f"{words[i % 6]} {words[(i * i) % 6]} {i}", "label": ("even", "odd")[i % 2]} for i in range(200)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "words.yaml"
+    path.write_text(FILE.format(task=task, code=CODE, data=folder / "train.jsonl", max_steps=MAX_STEPS))
+    return path
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a call of the command line ended; `value` is the object that `--json` prints."""
+
+    status: int
+    value: dict[str, Any]
+    stderr: str
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The run that nobody disturbed."""
+
+    file: Path
+    store: Path
+    done: Done
+    weights: dict[str, torch.Tensor]
+
+
+class CommandLine:
+    """`eagleray ... --json` in a process of its own."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+
+    def run(self, *arguments: object) -> Done:
+        with self.start(*arguments) as process:
+            return finish(process)
+
+    @contextmanager
+    def start(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+        """Start a call; it is ended with the context if it has not ended by itself."""
+        command = [sys.executable, "-m", "eagleray.cli", *map(str, arguments), "--json"]
+        process = subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    """Wait for a call."""
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    lines = stdout.splitlines()
+    return Done(process.returncode, json.loads(lines[-1]) if lines else {}, stderr)
+
+
+def await_commit(store: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run of `words` has committed a step (metrics come seconds later), and a random while."""
+    manifest = store / "models" / "words" / f"r1-step-{step:08d}" / "manifest.json"
+    await_condition(manifest.exists, process)
+    time.sleep(random.uniform(0, 4) * STEP_S)
+
+
+def await_condition(is_met: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for a condition while a call goes on."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_met():
+        assert process.poll() is None, finish(process).stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def metrics(store: Path, run: int = 1) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl` of a run of `words`, without a last line that is just being written."""
+    path = store / "runs" / "words" / f"r{run}" / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def weights(store: Path, ref: str) -> dict[str, torch.Tensor]:
+    """Read every tensor of a version, the optimizer's too."""
+    from eagleray.store.objects import ObjectStore
+    from eagleray.store.registry import Registry
+
+    checkpoint = Registry(ObjectStore.open(str(store))).open(ref)
+    assert checkpoint.verify() == []
+    return {**checkpoint.tensors("model."), **checkpoint.tensors("optim.")}
+
+
+def assert_bitwise_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    import torch
+
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different

@@ -1,0 +1,68 @@
+"""Which failures of workers end a run, and what is said about them."""
+
+from __future__ import annotations
+
+import pickle
+
+from eagleray.errors import NonFiniteLossError, RunFailedError, WorkerError
+from eagleray_jobs.train.failures import RankFailure, find_fatal, merge
+
+
+class Stubborn(Exception):
+    def __reduce__(self) -> str:
+        raise TypeError("cannot be pickled")
+
+
+def raised(rank: int, error: BaseException) -> RankFailure:
+    try:
+        raise error
+    except BaseException as caught:
+        return RankFailure.of(rank, caught)
+
+
+def lost_peer(rank: int) -> RankFailure:
+    return raised(
+        rank, RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3141")
+    )
+
+
+def test_a_rank_that_raises_for_a_reason_of_its_own_is_fatal() -> None:
+    assert find_fatal([lost_peer(0), raised(1, ValueError("bad"))])
+
+
+def test_ranks_that_only_lost_a_peer_are_worth_a_restart() -> None:
+    assert not find_fatal([lost_peer(0), lost_peer(2)])
+    assert not find_fatal([])
+
+
+def test_an_error_of_ours_keeps_its_class_message_and_hint() -> None:
+    error = merge([raised(0, NonFiniteLossError("loss is nan at step 7", "lower it")), lost_peer(1)])
+    assert type(error) is NonFiniteLossError
+    assert (error.message, error.hint) == ("loss is nan at step 7", "lower it")
+
+
+def test_equal_errors_become_one_message_with_a_list_of_ranks_and_one_traceback() -> None:
+    error = merge([raised(rank, ValueError("bad row")) for rank in (2, 0, 1)])
+    assert isinstance(error, WorkerError)
+    assert error.message.startswith("ranks 0, 1, 2 raised ValueError: bad row\nTraceback")
+    assert error.message.count("Traceback") == 1
+
+
+def test_the_rank_that_raised_comes_first_and_those_that_waited_are_named_as_such() -> None:
+    text = str(merge([lost_peer(0), raised(1, KeyError("column")), lost_peer(2)]))
+    assert text.startswith("rank 1 raised KeyError: 'column'")
+    assert text.endswith("ranks 0, 2 only waited and lost the connection")
+    assert "gloo" not in text
+
+
+def test_a_death_names_the_rank_that_died_and_those_that_noticed() -> None:
+    error = merge([lost_peer(0)], dead=[1])
+    assert error.message == "the process of rank 1 died; rank 0 noticed"
+    assert isinstance(error, RunFailedError)
+
+
+def test_a_failure_survives_pickling_whatever_was_raised() -> None:
+    failure = raised(3, Stubborn("odd"))
+    assert pickle.loads(pickle.dumps(failure)) == failure
+    assert failure.kind == "Stubborn"
+    assert "raise error" in failure.traceback

@@ -1,0 +1,48 @@
+"""What is refused before anything is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eagleray.errors import StoreURIError
+from eagleray_jobs.train.preflight import check_absolute
+
+FILE = """
+name: tiny
+task: text-classification
+model: {family: bert, config: {hidden_size: 16}}
+data: {source: cldr-langid}
+train: {max_steps: 2}
+resources: {resources_per_worker: {CPU: 900}}
+"""
+
+
+def test_a_relative_store_on_a_joined_cluster_is_refused_with_what_to_give_instead() -> None:
+    with pytest.raises(StoreURIError, match=r"the store ./store is a relative path.*\n.*s3://") as caught:
+        check_absolute("./store")
+    assert caught.value.exit_code == 2
+    check_absolute("/shared/store")
+    check_absolute("s3://bucket/prefix")
+
+
+def test_more_than_the_machine_has_is_refused_before_ray_or_torch_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(FILE)
+    script = """
+import sys
+from eagleray.cli import main
+try:
+    main(["train", "run.yaml", "--json"])
+finally:
+    print(sorted({"ray", "torch", "transformers"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "1 workers x CPU 900 = CPU 900, but this machine has CPU " in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "resource"
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert not (tmp_path / "store").exists()
