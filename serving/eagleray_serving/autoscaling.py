@@ -6,9 +6,10 @@ from typing import Any
 
 from eagleray.config.schema import ServeConfig
 
-# Serve's own are 10 s and 30 s: a burst would be over before it is seen.
-METRICS_INTERVAL_S = 1.0
+# Serve's own is 30 s: a burst would be over before it is seen.
 LOOK_BACK_S = 3.0
+# How often replicas and handles say what they are doing; an environment variable of Serve, 10 s by default.
+METRICS_INTERVAL_S = 1.0
 # Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
 MAX_CONSTRUCTOR_FAILURES = 2
 
@@ -36,7 +37,6 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         "target_ongoing_requests": scaling.target_ongoing_requests,
         "upscale_delay_s": scaling.upscale_delay_s,
         "downscale_delay_s": scaling.downscale_delay_s,
-        "metrics_interval_s": METRICS_INTERVAL_S,
         "look_back_period_s": LOOK_BACK_S,
     }
     return {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from eagleray.errors import ServingError, UsageError
 from eagleray_serving import haproxy_launcher
+from eagleray_serving.autoscaling import METRICS_INTERVAL_S
 from eagleray_serving.schema import error_body
 
 DEFAULT_PORT = 8000
@@ -141,7 +142,7 @@ def environment(front: Front, folder: Path, request_timeout_s: float) -> dict[st
         request_timeout_s: The longest time that any model takes for a request.
     """
     assert len(str(folder)) <= MAX_FOLDER_CHARACTERS, f"{folder} is too long for sockets in it"
-    variables = {
+    variables = _autoscaling_environment() | {
         # The parts of RAY_SERVE_THROUGHPUT_OPTIMIZED that pay here. Not the calls over gRPC: they know no token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
@@ -206,14 +207,22 @@ def error_answer(status: int) -> bytes:
 def joined_environment() -> dict[str, str]:
     """Return the environment of Serve on a cluster that is not ours: no file of ours is there, so less is set.
 
-    Empty where this platform has no HAProxy.
+    HAProxy is not among it where this platform has none.
     """
     if find_haproxy() is None:
-        return {}
-    return {
+        return _autoscaling_environment()
+    return _autoscaling_environment() | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # Serve has no key for the second line; it renders this one as it stands into the section of defaults.
         "RAY_SERVE_HAPROXY_RETRY_ON": f"{RETRY_ON}\n    option http-buffer-request",
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
+    }
+
+
+def _autoscaling_environment() -> dict[str, str]:
+    interval = str(METRICS_INTERVAL_S)
+    return {
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": interval,
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": interval,
     }

@@ -48,7 +48,7 @@ def own_head(
         yield
     except EaglerayError as error:
         if log is not None and log_path.exists():
-            error.add_note(f"Ray's log: {log_path}")
+            error.hint = "; ".join(filter(None, [error.hint, f"Ray's log: {log_path}"]))
         raise
     else:
         log_path.unlink(missing_ok=True)
@@ -75,6 +75,8 @@ def _own_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         # Ray's switch for desktop systems: without it GCS, raylet and workers listen on all interfaces.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's agents wish to report the death of their node to a GCS that died with it, for a minute by default.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from eagleray.config.schema import ServeConfig
@@ -64,7 +65,8 @@ def load(plan: ModelPlan) -> Engine:
         CheckpointDamagedError: A byte of it is not what was committed.
         ServingError: The model fails on a first item.
     """
-    add_code(plan.code)
+    # On a joined cluster the user's code came with the runtime environment, and the directories are elsewhere.
+    add_code(directory for directory in plan.code if Path(directory).is_dir())
     checkpoint = Registry(ObjectStore.open(plan.store)).open(plan.card.ref)
     check(checkpoint)
     serve = plan.serve

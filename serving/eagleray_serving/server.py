@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ Notify = Callable[[str], None]
 READY_TIMEOUT_S = 600.0
 WATCH_S = 1.0
 DRAIN_TIMEOUT_S = 30.0
+REPEAT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,13 @@ class Served:
 class StopRequest:
     """Turns SIGINT and SIGTERM into a request to stop: an exception while starting, a flag afterwards.
 
-    A second signal has its usual meaning: this process ends at once, and what it started ends with it.
+    A second one, a second later, has its usual meaning: this process ends at once, and what it started with it.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._starting = True
+        self._asked_at: float | None = None
 
     def install(self) -> None:
         """Take the signals, also from Ray, which installs handlers of its own."""
@@ -105,9 +108,15 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self._asked_at is not None:
+            # Not at once: `timeout` and some supervisors signal the process and then its whole group.
+            if now - self._asked_at >= REPEAT_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._asked_at = now
         self._event.set()
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
         if self._starting:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
@@ -240,7 +249,8 @@ def serve_there(
         if url is None:
             variables = joined_environment()
             start_serve(options.host, options.port, variables)
-            url, front = f"http://{options.host}:{options.port}", "haproxy" if variables else "python"
+            url = f"http://{options.host}:{options.port}"
+            front = "haproxy" if "RAY_SERVE_ENABLE_HA_PROXY" in variables else "python"
         refuse_existing(applications)
         kept = stack.enter_context(ExitStack())
         kept.callback(delete, applications)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_without_haproxy_no_setting_of_it_is_made(tmp_path: Path) -> None:
 
 def test_a_joined_cluster_gets_the_lossless_settings_without_a_file_of_ours() -> None:
     variables = joined_environment()
-    if variables:
+    if "RAY_SERVE_ENABLE_HA_PROXY" in variables:
         assert "option http-buffer-request" in variables["RAY_SERVE_HAPROXY_RETRY_ON"].splitlines()[1]
         assert not any("/" in value for value in variables.values())
 
@@ -249,3 +250,20 @@ def test_status_and_stop_without_a_server_say_so(tmp_path: Path) -> None:
     done = cli("serve", "status", "--json", home=tmp_path)
     assert (done.returncode, json.loads(done.stdout)) == (0, {"servers": []})
     assert cli("serve", "stop", home=tmp_path).stdout.strip() == "no server runs"
+
+
+def test_a_second_signal_at_once_is_the_same_request() -> None:
+    """`timeout` sends its signal to the process and again to the group; that must not cut the clean end short."""
+    script = """
+import os, signal, time
+from eagleray_serving.server import StopRequest
+stop = StopRequest(); stop.install()
+def alive():
+    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)
+    return True
+stop.wait(alive)
+print("ended in order", flush=True)
+time.sleep(1.1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("ended in order\n", -signal.SIGTERM), done.stderr

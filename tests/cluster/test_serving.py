@@ -1,0 +1,215 @@
+"""`eagleray serve` as a user runs it: a server of its own over HTTP, one for the whole module."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from serving_models import Command, commit, echo, family, translation, wait_gone, wait_until, write_file
+
+SLEEP_S = 0.02
+
+
+@dataclass(frozen=True)
+class Running:
+    url: str
+    info: dict[str, Any]
+    pid: int
+    command: Command
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and files of three models."""
+    folder = tmp_path_factory.mktemp("models")
+    two = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.25}, "max_body_bytes": 100_000}
+    small = {"ray_actor_options": {"num_cpus": 0.25}, "max_item_characters": 500}
+    for file in (
+        translation("en-fr", "fr", **small),
+        translation("en-de", "de", **small),
+        echo("own", SLEEP_S, **two),
+    ):
+        commit(file, folder / "store")
+        write_file({**file, "store": str(folder / "store")}, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[Running]:
+    """All three behind one front, in the foreground."""
+    command = Command(models / "home")
+    process, info = command.serve(*(str(models / f"{name}.yaml") for name in ("en-fr", "en-de", "own")))
+    everything = family(process.pid)
+    yield Running(info["url"], info, process.pid, command)
+    everything = list({each.pid: each for each in [*everything, *family(process.pid)]}.values())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, "Ctrl-C is the normal end of a server"
+    assert wait_gone(everything) == []
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+def test_each_model_answers_with_its_name_and_version(client: httpx.Client) -> None:
+    french = client.post("/v1/translate/en-fr", json={"text": ["6 July", "7 July"]}).json()
+    assert (french["model"], french["version"], len(french["translations"])) == ("en-fr", "r1-step-00000010", 2)
+    own = client.post("/v1/predict", json={"inputs": [1.5, {"value": 2}]}).json()
+    assert [each["value"] for each in own["predictions"]] == [1.5, 2.0]
+    assert client.post("/v1/predict/own", json={"inputs": [3]}).json()["model"] == "own"
+
+
+def test_a_bare_route_that_two_models_share_is_decided_by_languages_or_refused(client: httpx.Client) -> None:
+    assert client.post("/v1/translate", json={"text": "a", "target": "de"}).json()["model"] == "en-de"
+    assert client.post("/v1/translate", json={"text": "a", "model": "en-fr"}).json()["model"] == "en-fr"
+    refused = client.post("/v1/translate", json={"text": "a"})
+    assert (refused.status_code, "en-fr (en to fr)" in refused.json()["error"]["hint"]) == (400, True)
+
+
+def test_the_same_text_alone_and_in_a_list_has_the_same_answer(client: httpx.Client) -> None:
+    texts = ["1 July", "a rather longer text of the 11 July", "7"]
+    together = client.post("/v1/translate/en-fr", json={"text": texts}).json()["translations"]
+    alone = [client.post("/v1/translate/en-fr", json={"text": text}).json()["translations"][0] for text in texts]
+    assert together == alone
+
+
+def test_health_readiness_models_and_documents(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json()["models"] == {"en-fr": "ready", "en-de": "ready", "own": "ready"}
+    names = [model["ref"] for model in client.get("/v1/models").json()["models"]]
+    assert names == ["en-fr@r1-step-00000010", "en-de@r1-step-00000010", "own@r1-step-00000010"]
+    assert "/v1/predict/own" in client.get("/openapi.json").json()["paths"]
+    assert "<h1>" in client.get("/docs").text
+
+
+JSON = {"content-type": "application/json"}
+REFUSED: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    "malformed": ("POST", "/v1/predict", {"content": b"{", "headers": JSON}, 400),
+    "NaN": ("POST", "/v1/predict", {"content": b'{"inputs": [NaN]}', "headers": JSON}, 400),
+    "overflow": ("POST", "/v1/predict", {"content": b'{"inputs": [1e400]}', "headers": JSON}, 422),
+    "lone surrogate": ("POST", "/v1/translate/en-fr", {"content": b'{"text": "\\ud800"}', "headers": JSON}, 400),
+    "surrogate in a refused field": (
+        "POST",
+        "/v1/predict",
+        {"content": b'{"x": "\\ud800"}', "headers": JSON},
+        400,
+    ),
+    "deep": ("POST", "/v1/predict", {"content": b"[" * 50_000, "headers": JSON}, 400),
+    "unknown key": ("POST", "/v1/predict", {"json": {"inputs": [1], "x": 1}}, 422),
+    "empty list": ("POST", "/v1/predict", {"json": {"inputs": []}}, 422),
+    "empty list at the edge": ("POST", "/v1/translate", {"json": {"text": [], "target": "fr"}}, 422),
+    "wrong type": ("POST", "/v1/translate/en-fr", {"json": {"text": 3}}, 422),
+    "long text": ("POST", "/v1/translate/en-fr", {"json": {"text": "a" * 501}}, 413),
+    "large body": ("POST", "/v1/predict", {"content": b"1" * 150_000, "headers": JSON}, 413),
+    "very large body": ("POST", "/v1/predict", {"content": b"1" * 20_000_000, "headers": JSON}, 413),
+    "form": ("POST", "/v1/predict", {"data": {"inputs": "1"}}, 415),
+    "method": ("GET", "/v1/predict", {}, 405),
+    "method at the edge": ("DELETE", "/v1/models", {}, 405),
+    "path": ("GET", "/v1/nothing", {}, 404),
+    "model": ("POST", "/v1/translate/en-es", {"json": {"text": "a"}}, 404),
+    "no such task": ("POST", "/v1/classify", {"json": {"text": "a"}}, 404),
+    "hostile request id": ("GET", "/v1/predict", {"headers": {"x-request-id": b"\xff\xfe"}}, 405),
+}
+
+
+@pytest.mark.parametrize("method, path, arguments, status", REFUSED.values(), ids=REFUSED)
+def test_wrong_input_is_refused_over_the_wire(
+    client: httpx.Client, method: str, path: str, arguments: dict[str, Any], status: int
+) -> None:
+    response = client.request(method, path, **arguments)
+    assert (response.status_code, len(response.content) < 2000) == (status, True)
+    assert set(response.json()["error"]) == {"code", "message", "hint"}
+
+
+def test_every_path_with_and_without_a_slash_answers_without_a_redirect(client: httpx.Client) -> None:
+    for path in ("/v1/predict", "/v1/predict/", "/v1/predict/own", "/v1/predict/own/"):
+        assert client.post(path, json={"inputs": [1]}).status_code == 200, path
+
+
+def test_requests_in_parallel_share_runs_of_the_model(server: Running) -> None:
+    num_requests = 64
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def ask(number: int) -> dict[str, Any]:
+            found: dict[str, Any] = client.post("/v1/predict", json={"inputs": [number]}).json()["predictions"][0]
+            return found
+
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(ask, range(num_requests)))
+    assert [answer["value"] for answer in answers] == [float(number) for number in range(num_requests)]
+    # An item that shared its run with n-1 others stands for 1/n of a run.
+    num_runs = sum(1 / answer["batch"] for answer in answers)
+    assert num_runs < num_requests / 2
+
+
+def test_nothing_listens_beyond_loopback(server: Running) -> None:
+    listening = [
+        connection.laddr
+        for process in family(server.pid)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5
+    assert [address for address in listening if address.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+
+
+def test_the_servers_folder_and_record_are_the_users_alone(server: Running) -> None:
+    (record,) = json.loads(server.command.run("serve", "status", "--json").stdout)["servers"]
+    assert (record["pid"], record["url"], record["state"]) == (server.pid, server.url, "ready")
+    folder = Path(record["folder"])
+    assert [path.stat().st_mode & 0o077 for path in (folder, folder / "token")] == [0, 0]
+
+
+def test_a_replica_that_is_killed_under_load_loses_no_request(server: Running) -> None:
+    if server.info["front"] != "haproxy":
+        pytest.skip("the front of this platform does not send a request again")
+    stop = threading.Event()
+    statuses: list[int | str] = []
+    pids: set[int] = set()
+
+    def load() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not stop.is_set():
+                try:
+                    response = client.post("/v1/predict", json={"inputs": [1] * 20})
+                    statuses.append(response.status_code)
+                    pids.add(response.json()["predictions"][0]["pid"])
+                except (httpx.HTTPError, ValueError, KeyError) as error:
+                    statuses.append(repr(error))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(load) for _ in range(4)]
+        try:
+            while len(pids) < 2 and len(statuses) < 2000:
+                stop.wait(0.1)
+            os.kill(sorted(pids)[0], signal.SIGKILL)
+            killed_at = len(statuses)
+            while len(statuses) < killed_at + 200:
+                stop.wait(0.1)
+        finally:
+            stop.set()
+        for each in running:
+            each.result(60)
+    assert set(statuses) == {200}, {status: statuses.count(status) for status in set(statuses)}
+    assert wait_until(server.url + "/readyz").status_code == 200
+
+
+def test_a_port_in_use_is_said_in_seconds_and_starts_nothing(server: Running, models: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    done = server.command.run("serve", str(models / "en-fr.yaml"), "--port", port, "--json", timeout_s=60)
+    assert done.returncode == 1
+    assert f"port {port}" in json.loads(done.stdout)["error"]["message"]
