@@ -118,7 +118,7 @@ def test_the_manifest_says_what_was_saved(local_store: ObjectStore) -> None:
     manifest = checkpoint.manifest
     assert (manifest.layout, manifest.metrics) == ("single", {"bleu": 1.0, "loss": None})
     assert manifest.best_metric == ("bleu", True)
-    assert manifest.versions["torch"] == torch.__version__.split("+")[0] or "torch" in manifest.versions
+    assert manifest.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [tensor.name for tensor in manifest.tensors] == ["model.bias", "model.weight", "optim.weight.step"]
     assert checkpoint.config() == config()
     assert checkpoint.state() == {"step": 1}
