@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from families import IGNORED, TinyTask, build, build_whole, fill_from_seed, global_batch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.config.layout import Layout
 from eagleray.models.plans import parallel_plan
-from eagleray.parallel import ParallelOptions, apply_layout, build_mesh, data_coordinate
+from eagleray.parallel import ParallelOptions, apply_layout, apply_pipeline, build_mesh, data_coordinate
 from eagleray.parallel.gradients import gradient_norm, local_gradients, whole, whole_gradients
 
 CPU = torch.device("cpu")
@@ -53,8 +55,10 @@ def in_layout(
 ) -> Result | None:
     """Run on every rank; rank 0 returns the result."""
     model = build(family, **changes or {})
-    mesh = build_mesh(layout, "cpu")
+    mesh = build_mesh(layout, "cpu", timeout_s=15)
     where = data_coordinate(mesh)
+    if layout.pipeline > 1:
+        return in_pipeline(family, layout, options, steps, model, mesh)
     trained = apply_layout(
         model, layout, mesh, CPU, plan=parallel_plan(model), options=options, fill=fill_from_seed()
     )
@@ -85,6 +89,55 @@ def in_layout(
     assert local_gradients(parameters.values()) == []
     result.parameters = {name: whole(p) for name, p in parameters.items()}
     return result if dist.get_rank() == 0 else None
+
+
+def in_pipeline(
+    family: str, layout: Layout, options: ParallelOptions, steps: int, model: nn.Module, mesh: DeviceMesh
+) -> Result | None:
+    where, group = data_coordinate(mesh), mesh.get_group("pp")
+    plan = parallel_plan(model)
+    fill, loss = fill_from_seed(), TinyTask().loss
+    pipeline = apply_pipeline(model, layout, mesh, CPU, plan=plan, options=options, loss=loss, fill=fill)
+    parameters = dict(pipeline.named_parameters())
+    initial = gathered_over({name: whole(p) for name, p in parameters.items()}, group)
+    kinds: dict[object, list[nn.Parameter]] = {}
+    for p in parameters.values():
+        if p.requires_grad:
+            kinds.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    optimizers = [torch.optim.SGD(members, lr=0.1) for members in kinds.values()]
+    result = Result([], [], {}, {}, initial)
+    for step in range(steps):
+        rows = global_batch(family, step)
+        batch = {name: value.tensor_split(where.world)[where.rank] for name, value in rows.items()}
+        count = int((rows["labels"] != IGNORED).sum())
+        losses = pipeline.run(batch, partial(scaled, factor=where.world / count))
+        total = torch.stack([*losses.totals, torch.zeros(())]).sum() * (mesh.get_local_rank("tp") == 0)
+        dist.all_reduce(total)
+        result.losses.append(float(total) / count)
+        assert sum(int(c) for c in losses.counts) == (
+            int((batch["labels"] != IGNORED).sum()) if losses.counts else 0
+        )
+        result.norms.append(float(gradient_norm(pipeline.counted_parameters(), group)))
+        result.gradients = result.gradients or gathered_over(whole_gradients(parameters), group)
+        for optimizer in optimizers:
+            optimizer.step()
+        pipeline.zero_grad()
+    result.parameters = gathered_over({name: whole(p) for name, p in parameters.items()}, group)
+    return result if dist.get_rank() == 0 else None
+
+
+def scaled(total: Tensor, factor: float) -> Tensor:
+    return total * factor
+
+
+def gathered_over(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Put together what the stages hold; copies of a tied tensor must be equal."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(parts, tensors, group=group)
+    found: dict[str, Tensor] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        assert torch.equal(found.setdefault(name, value), value), f"the copies of {name} differ"
+    return found
 
 
 def assert_same(found: Result, expected: Result) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from eagleray.models.stages import BertParts, MarianParts, ViTParts
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
 
 _BART_ATTENTION: dict[str, TensorStyle] = {
@@ -51,6 +52,7 @@ def _marian(config: Any) -> ParallelPlan:
             "decoder_ffn_dim": config.decoder_ffn_dim,
         },
         sequence=True,
+        pipeline=MarianParts,
     )
 
 
@@ -70,6 +72,7 @@ def _bert(config: Any) -> ParallelPlan:
         },
         divisible=_encoder_numbers(config),
         sequence=True,
+        pipeline=BertParts,
     )
 
 
@@ -86,6 +89,7 @@ def _vit(config: Any) -> ParallelPlan:
         },
         divisible=_encoder_numbers(config),
         sequence=True,
+        pipeline=ViTParts,
     )
 
 

@@ -1,8 +1,9 @@
 """Layouts: the mesh of the workers, and what it does to a model. Plain torch."""
 
-from eagleray.parallel.apply import Fill, apply_layout, check_supported
+from eagleray.parallel.apply import Fill, apply_layout, apply_pipeline, check_supported
 from eagleray.parallel.mesh import DataCoordinate, build_mesh, data_coordinate
 from eagleray.parallel.options import ParallelOptions
+from eagleray.parallel.pipeline import Pipeline
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.shard import gathered
 
@@ -11,7 +12,9 @@ __all__ = [
     "Fill",
     "ParallelOptions",
     "ParallelPlan",
+    "Pipeline",
     "apply_layout",
+    "apply_pipeline",
     "build_mesh",
     "check_supported",
     "data_coordinate",

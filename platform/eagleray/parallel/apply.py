@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.options import ParallelOptions
+from eagleray.parallel.pipeline import Pipeline
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
 from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
+from eagleray.parallel.stage import LossFunction
 from eagleray.parallel.tensor import TensorParallel
 
 Fill = Callable[[nn.Module, set[str]], None]
@@ -25,7 +27,7 @@ _DEFAULTS = ParallelOptions()
 
 
 def check_supported(layout: Layout) -> None:
-    """Refuse a layout that no model can be cut to.
+    """Refuse a layout that training cannot use.
 
     Raises:
         ConfigError: pipeline_parallel_degree is above 1.
@@ -64,11 +66,65 @@ def apply_layout(
     Raises:
         ConfigError: The layout cannot be applied to this model.
     """
-    check_supported(layout)
+    assert layout.pipeline == 1, "a pipeline is made by `apply_pipeline`"
     check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
-    tensor = None
     if layout.tensor > 1:
         check_styles(model, plan)
+    _cut_and_shard(model, model, layout, mesh, plan, options, fill)
+    if layout.replicate > 1 and not Sharding.is_needed(layout):
+        return _replicate(model, mesh, device)
+    return model
+
+
+def apply_pipeline(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    plan: ParallelPlan,
+    options: ParallelOptions,
+    loss: LossFunction,
+    fill: Fill,
+) -> Pipeline:
+    """Return this rank's stages of a model on `meta`, each filled, cut and sharded as by `apply_layout`.
+
+    Args:
+        model: The whole model, on `meta`; it is not changed.
+        layout: The degrees that `mesh` was built from.
+        mesh: From `build_mesh`.
+        device: Where this rank computes.
+        plan: What the model tells about itself.
+        options: How the layout is applied.
+        loss: The task's loss.
+        fill: What fills a model on `meta`.
+
+    Raises:
+        ConfigError: The layout cannot be applied to this model.
+    """
+    check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
+    if layout.tensor > 1:
+        check_styles(model, plan)
+    pipeline = Pipeline(model, layout, mesh, device, plan=plan, options=options, loss=loss)
+    if Sharding.is_needed(layout):
+        pipeline.check_sharding()
+    for stage in pipeline.own_stages():
+        _cut_and_shard(stage.module, stage, layout, mesh, plan, options, fill)
+    pipeline.share_copies()
+    return pipeline
+
+
+def _cut_and_shard(
+    model: nn.Module,
+    root: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    plan: ParallelPlan,
+    options: ParallelOptions,
+    fill: Fill | None,
+) -> None:
+    tensor = None
+    if layout.tensor > 1:
         tensor = TensorParallel(plan, mesh["tp"], sequence_parallel=options.sequence_parallel)
     sharding = Sharding(layout, mesh, options) if Sharding.is_needed(layout) else None
     for unit, modules in _units(model, plan):
@@ -83,10 +139,7 @@ def apply_layout(
     if tensor is not None:
         tensor.cut_sequence(model)
     if sharding is not None:
-        sharding.wrap_root(model)
-    elif layout.replicate > 1:
-        return _replicate(model, mesh, device)
-    return model
+        sharding.wrap_root(root)
 
 
 def _units(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[nn.Module, dict[str, nn.Module]]]:

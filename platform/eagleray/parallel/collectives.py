@@ -70,6 +70,21 @@ class _Split(torch.autograd.Function):
         return _all_gather(gradient, ctx.dim, ctx.length, ctx.group), None, None
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def contiguous_gradient(x: Tensor) -> Tensor:
+    """Return `x`; its gradient is contiguous, as sending it needs."""
+    return _ContiguousGradient.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return `x`; its gradient is summed over the group."""
     return _SumGradient.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

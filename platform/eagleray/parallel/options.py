@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from eagleray.config.schema import RunConfig
 
+Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
@@ -20,12 +21,20 @@ class ParallelOptions:
             (`selective`), or only their inputs (`full`) for the backward pass.
         reshard_after_forward: Whether FSDP frees the whole weights of a layer between forward and backward.
         bf16: Whether FSDP gathers weights and computes in bfloat16, and reduces gradients in float32.
+        schedule: The order in which a pipeline runs its micro-batches.
+        num_microbatches: Parts of a rank's rows that go through a pipeline; None: twice as many as stages' ranks.
+        split: Number of layers of each stage; None: by estimated cost.
+        length: Tokens of a sequence that costs are estimated for.
     """
 
     sequence_parallel: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
     reshard_after_forward: bool = True
     bf16: bool = False
+    schedule: Schedule = "1F1B"
+    num_microbatches: int | None = None
+    split: tuple[int, ...] | None = None
+    length: int = 128
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:

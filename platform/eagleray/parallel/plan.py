@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
@@ -30,6 +30,34 @@ TensorStyle = Literal["colwise", "colwise_gather", "rowwise", "region", "vocab",
 """
 
 
+class PipelineParts(Protocol):
+    """What a model does before, between and behind its layers, so that it can be run stage by stage."""
+
+    @property
+    def embed_modules(self) -> tuple[tuple[str, ...], ...]:
+        """For each list of layers, names of the modules that `embed` uses."""
+        ...
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the modules that `head` uses."""
+        ...
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Return what the first layer of a list gets; `part` is the list's number."""
+        ...
+
+    def arguments(
+        self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what every layer of a list gets behind the stream: masks, the encoder's result (`memory`)."""
+        ...
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Turn the last layer's result into what the whole model returns."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelPlan:
     """How a model can be cut.
@@ -42,6 +70,7 @@ class ParallelPlan:
         divisible: Numbers that the tensor-parallel degree must divide, by their names.
         sequence: Whether the residual stream of the layers may be cut along the sequence, dim 1 of each layer's
             first argument and of its result.
+        pipeline: What stands around the layers, made from the model; None: it cannot be cut into stages.
         no_tensor: Why tensor parallelism is not possible, where it is not.
     """
 
@@ -49,6 +78,7 @@ class ParallelPlan:
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     divisible: Mapping[str, int] = field(default_factory=dict)
     sequence: bool = False
+    pipeline: Callable[[nn.Module], PipelineParts] | None = None
     no_tensor: str | None = None
 
     def style(self, name: str) -> TensorStyle | None:

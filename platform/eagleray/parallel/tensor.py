@@ -51,7 +51,7 @@ class TensorParallel:
         """Cut modules by the style of their names; parameters that are shared stay shared."""
         for name, module in modules:
             style = self._plan.style(name)
-            if style is not None:
+            if style is not None and not isinstance(module, nn.Identity):  # what another stage holds
                 self._apply(style, name, module)
 
     def cut_sequence(self, model: nn.Module) -> None:

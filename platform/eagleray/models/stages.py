@@ -1,0 +1,114 @@
+"""What each model family does around its layers, for pipelines; the layers themselves are transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class MarianParts:
+    """Encoder and decoder of Marian (and BART's kin with post-norm layers)."""
+
+    embed_modules = (
+        ("model.encoder.embed_tokens", "model.encoder.embed_positions"),
+        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    )
+    head_modules = ("lm_head",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Embed tokens and positions."""
+        side = self._model.model.decoder if part else self._model.model.encoder
+        ids = inputs["decoder_input_ids" if part else "input_ids"]
+        tokens: Tensor = side.embed_tokens(ids) * side.embed_scale
+        return F.dropout(tokens + side.embed_positions(ids.shape), side.dropout, side.training)
+
+    def arguments(self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]) -> Arguments:
+        """Return the masks, and in the decoder the encoder's result."""
+        from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+        config, mask = self._model.config, inputs["attention_mask"]
+        if part == 0:
+            own = create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=mask)
+            return (own,), {}
+        own = create_causal_mask(
+            config=config,
+            inputs_embeds=hidden,
+            attention_mask=hidden.new_ones(hidden.shape[:2]),
+            past_key_values=None,
+        )
+        cross = create_bidirectional_mask(
+            config=config, inputs_embeds=hidden, attention_mask=mask, encoder_hidden_states=memory
+        )
+        return (own, memory), {"encoder_attention_mask": cross, "use_cache": False}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Project to the vocabulary."""
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        return Seq2SeqLMOutput(logits=self._model.lm_head(hidden) + self._model.final_logits_bias)
+
+
+class BertParts:
+    """BERT with a classification head."""
+
+    embed_modules = (("bert.embeddings",),)
+    head_modules = ("bert.pooler", "classifier")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Embed tokens, positions and types."""
+        result: Tensor = self._model.bert.embeddings(
+            input_ids=inputs["input_ids"], token_type_ids=inputs.get("token_type_ids")
+        )
+        return result
+
+    def arguments(self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]) -> Arguments:
+        """Return the mask."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        mask = inputs.get("attention_mask")
+        return (
+            create_bidirectional_mask(config=self._model.config, inputs_embeds=hidden, attention_mask=mask),
+        ), {}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Pool and classify."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        pooled = self._model.dropout(self._model.bert.pooler(hidden))
+        return SequenceClassifierOutput(logits=self._model.classifier(pooled))
+
+
+class ViTParts:
+    """ViT with a classification head."""
+
+    embed_modules = (("vit.embeddings",),)
+    head_modules = ("vit.layernorm", "classifier")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Embed patches and positions."""
+        embeddings: Tensor = self._model.vit.embeddings(inputs["pixel_values"])
+        return embeddings
+
+    def arguments(self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]) -> Arguments:
+        """Images have no padding."""
+        return (None,), {}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Classify by the first patch."""
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        return ImageClassifierOutput(logits=self._model.classifier(self._model.vit.layernorm(hidden)[:, 0]))

@@ -1,0 +1,44 @@
+"""A pipeline is cut so that its dearest stage is as cheap as possible."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eagleray.errors import ConfigError
+from eagleray.parallel.cut import balance, cut_layers
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 4))
+def test_no_other_cut_has_a_cheaper_dearest_stage(costs: list[int], num_stages: int) -> None:
+    if len(costs) < num_stages:
+        return
+    found = balance(costs, num_stages)
+    assert [index for part in found for index in part] == list(range(len(costs)))
+    assert all(found)
+    dearest = max(sum(costs[index] for index in part) for part in found)
+    for inner in combinations(range(1, len(costs)), num_stages - 1):
+        ends = [0, *inner, len(costs)]
+        assert dearest <= max(sum(costs[a:b]) for a, b in pairwise(ends))
+
+
+def test_a_dear_last_layer_gets_a_stage_of_its_own() -> None:
+    assert cut_layers([1, 1, 1, 3], 2) == [range(3), range(3, 4)]
+
+
+def test_the_file_decides_where_it_says_so() -> None:
+    assert cut_layers([1, 1, 1, 3], 2, [1, 3]) == [range(1), range(1, 4)]
+
+
+@pytest.mark.parametrize("split", [[2, 1], [4], [4, 0]])
+def test_a_split_that_does_not_fit_is_refused(split: list[int]) -> None:
+    with pytest.raises(ConfigError, match="give 2 numbers of at least 1, one for each stage, whose sum is the 4"):
+        cut_layers([1, 1, 1, 1], 2, split)
+
+
+def test_too_few_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the model has 3 layers, too few for 4 pipeline stages"):
+        cut_layers([1, 1, 1], 4)
