@@ -1,4 +1,4 @@
-"""The command line as a process, and a small run for it: 24 steps of two workers, dropout on, a commit every 4."""
+"""The command line as a process, and a small run for it: 36 steps of two workers, dropout on, a commit every 4."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 CODE = Path(__file__).parent / "code"
-MAX_STEPS = 24
+MAX_STEPS = 36
 LAST = f"words@r1-step-{MAX_STEPS:08d}"
 STEP_S = 0.25
 """What `slow_words` sleeps in a step."""
