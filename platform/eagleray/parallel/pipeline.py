@@ -146,11 +146,20 @@ class Pipeline(nn.Module):
         }
 
     def check_sharding(self) -> None:
-        """Refuse two stages of a rank that share a parameter under FSDP, which owns the memory of each.
+        """Refuse what FSDP cannot do in a pipeline.
+
+        It owns the memory of each stage, so two stages of a rank cannot share a parameter; and it loses gradients
+        when the backward pass is split into inputs and weights.
 
         Raises:
-            ConfigError: There is such a parameter, on any rank.
+            ConfigError: The schedule splits the backward pass, or ties two stages of any rank.
         """
+        if self._options.schedule.endswith("ZeroBubble"):
+            raise ConfigError(
+                f"parallel.pipeline_parallel_schedule {self._options.schedule} does not work beside data-parallel "
+                "degrees: FSDP loses gradients when the backward pass is split",
+                "use 1F1B, Interleaved1F1B or GPipe, or tensor parallelism instead",
+            )
         for rank in range(self._group.size()):
             numbers = stage_numbers(self._options.schedule, rank, self._group.size())
             shared = [name for name, held in self._holders.items() if len(set(held) & set(numbers)) > 1]
@@ -162,13 +171,16 @@ class Pipeline(nn.Module):
                 )
 
     def share_copies(self) -> None:
-        """Let a tied parameter of two stages of this rank be one piece of memory; called once they are filled."""
+        """Let a tied parameter of two stages of this rank be one object; called once they are filled."""
+        shared: dict[nn.Parameter, nn.Parameter] = {}
         first: dict[str, nn.Parameter] = {}
         for stage in self.own_stages():
             for name, parameter in stage.module.named_parameters():
-                if name in first:
-                    parameter.data = first[name].data
-                first.setdefault(name, parameter)
+                shared[parameter] = first.setdefault(name, parameter)
+            for module in stage.module.modules():
+                for key, parameter in list(module.named_parameters(recurse=False)):
+                    if shared[parameter] is not parameter:
+                        module.register_parameter(key, shared[parameter])
 
     def run(self, batch: dict[str, Tensor], scale_loss: ScaleLoss) -> PipelineLoss:
         """Run forward and backward passes of a batch; gradients are added to those of the parameters.
@@ -272,17 +284,13 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def _sum_tied(self) -> None:
         """Add up the gradients of a parameter that several stages hold, so that its copies stay equal."""
+        own = dict(self.named_parameters())
         for name, group in self._tied_groups.items():
-            copies = [p for stage in self.own_stages() for n, p in stage.module.named_parameters() if n == name]
-            gradients = [_local(copy.grad) for copy in copies if copy.grad is not None]
-            if not gradients:
-                continue
-            total = torch.stack(gradients).sum(0)
-            if group is not None:
+            gradient = own[name].grad
+            if group is not None and gradient is not None:
+                total = _local(gradient).contiguous()
                 dist.all_reduce(total, group=group)
-            gradients[0].copy_(total)
-            for other in copies[1:]:  # the same memory as the first, whose gradient has all
-                other.grad = None
+                _local(gradient).copy_(total)
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients enter the norm from this rank: a tied one does from one stage."""
