@@ -89,9 +89,14 @@ def parse(text: str) -> Document:
         return _Builder(yaml.parse(text, Loader=loader)).build()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise DocumentError(f"malformed YAML: {error.problem}", mark.line + 1 if mark else None) from error
+        advice = "; quote a value that begins with @ or `, and indent with spaces" if _is_token(error) else ""
+        raise DocumentError(f"malformed YAML: {error.problem}{advice}", mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:
         raise DocumentError(f"malformed YAML: {str(error).splitlines()[0]}") from error
+
+
+def _is_token(error: yaml.MarkedYAMLError) -> bool:
+    return "cannot start any token" in str(error.problem)
 
 
 def resolve_plain(text: str) -> Any:

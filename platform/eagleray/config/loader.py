@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from eagleray.config.contradictions import find_contradictions
 from eagleray.config.crosschecks import cross_problems, family_problems, path_problems
-from eagleray.config.document import Document, DocumentError, KeyPath, parse, read_bounded
+from eagleray.config.document import Document, DocumentError, KeyPath, parse, read_bounded, resolve_plain
 from eagleray.config.problems import Problem, dotted, explain, section_at, spellings
 from eagleray.config.schema import RunConfig
 from eagleray.errors import ConfigError, UsageError
@@ -28,6 +28,7 @@ DEFAULT_STORE = "./store"
 STORE_VARIABLE = "EAGLERAY_STORE"
 
 _OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
+_STRUCTURED = ("[", "{", '"', "'")
 _URI = re.compile(r"[a-z][a-z0-9+]*://")
 
 
@@ -58,7 +59,7 @@ def load_files(
 
     Args:
         paths: The files, one model each.
-        overrides: `key.sub=value`, applied to every file; the value is YAML.
+        overrides: `key.sub=value`, applied to every file; lists, sections and quoted text are YAML.
         store: What `--store` says; goes before the file's own.
         environ: Where `EAGLERAY_STORE` is looked up when neither names a store; default: the environment.
         require_train: Whether a file without a `train` section is an error.
@@ -128,10 +129,14 @@ def parse_override(text: str) -> Override:
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise UsageError(f"{text} is not key.sub=value", "For example train.learning_rate=1e-4.")
+    text_of_value = match[2].strip()
+    if not text_of_value.startswith(_STRUCTURED):
+        # A shell word is text as it stands: `@latest`, `*.jsonl` and `a: b` mean something else to YAML.
+        return Override(tuple(match[1].split(".")), resolve_plain(text_of_value))
     try:
-        return Override(tuple(match[1].split(".")), parse(match[2]).value)
+        return Override(tuple(match[1].split(".")), parse(text_of_value).value)
     except DocumentError as error:
-        raise UsageError(f"the value of {text}: {error.message}", "The value is YAML: quote it.") from error
+        raise UsageError(f"the value of {text}: {error.message}", "Quotes, [] and {} are read as YAML.") from error
 
 
 @dataclass

@@ -83,7 +83,12 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("? [a, b]\n: 1\n", 1, "a key must be a plain word"),
         ("a: {<<: 3}\n", 1, "<< must be followed by an anchored section"),
         ("[" * 100_000, 1, "is nested more than 32 levels deep"),
-        ("a:\n\t- b\n", 2, "malformed YAML: found character that cannot start any token"),
+        (
+            "a:\n\t- b\n",
+            2,
+            "malformed YAML: found character that cannot start any token; quote a value that begins with @ or `, "
+            "and indent with spaces",
+        ),
         ("a: [1, 2\nb: 3\n", 2, "malformed YAML: did not find expected ',' or ']'"),
     ],
 )

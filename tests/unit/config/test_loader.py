@@ -44,6 +44,21 @@ def test_an_override_wins_also_under_an_alias_and_in_a_section_that_is_not_there
     assert config.serve.num_replicas == 3
 
 
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("serve.ref=@latest", "@latest"),
+        ("serve.ref='@best'", "@best"),
+        ("serve.ref=*", "*"),
+        ("serve.ref=a: b # c", "a: b # c"),
+        ("serve.ref=", None),
+        ("serve.ref=null", None),
+    ],
+)
+def test_a_word_of_the_command_line_is_text_as_it_stands(load: Load, override: str, value: str | None) -> None:
+    assert load(FILE, [override]).config.serve.ref == value
+
+
 def test_an_override_into_an_anchored_section_changes_that_section_alone(load: Load) -> None:
     text = FILE.replace("data:\n", "data: &data\n") + "serve:\n  autoscaling_config: &a {max_replicas: 3}\n"
     config = load(text, ["serve.autoscaling_config.max_replicas=5"]).config
@@ -201,7 +216,7 @@ def test_a_wrong_override_is_explained_like_the_file(message: MessageOf, overrid
         ("train.max_steps", r"train\.max_steps is not key\.sub=value"),
         ("=3", "=3 is not key"),
         ("a=[1", r"the value of a=\[1: malformed YAML"),
-        ("a=!!python/name:os.system", "tag !!python/name:os.system is not accepted"),
+        ("a=[!!python/name:os.system x]", "tag !!python/name:os.system is not accepted"),
     ],
 )
 def test_an_override_that_is_no_key_and_value_is_an_error_of_the_call(
