@@ -61,6 +61,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "tensor_parallel_degree": 2,
         "activation_checkpointing": "selective",
     },
+    "pp2": {"pipeline_parallel_degree": 2},
+    "pp2.ddp2": {"pipeline_parallel_degree": 2, "data_parallel_replicate_degree": 2, "num_microbatches": 2},
 }
 
 
@@ -72,7 +74,7 @@ def test_a_layout_changes_neither_losses_nor_parameters_nor_what_is_saved_and_re
     one = group(1).run(train, Job(make_config(**keys), str(tmp_path / "one"), num_validation=5))[0]
     config = make_config(layout=LAYOUTS[layout], **keys)
     job = Job(config, str(tmp_path / "cut"), num_validation=5)
-    workers = 4 if layout == "fsdp2.tp2" else 2
+    workers = 4 if "." in layout else 2
     cut = group(workers).run(train, job)[0]
     assert cut.losses == pytest.approx(one.losses, abs=1e-6)
     assert cut.records[2].scores == pytest.approx(one.records[2].scores, abs=1e-6)

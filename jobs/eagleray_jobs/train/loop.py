@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
 
 from eagleray.config.schema import TrainConfig
-from eagleray.errors import NonFiniteLossError
+from eagleray.errors import ConfigError, NonFiniteLossError
+from eagleray.models.initialize import fill_from, skeleton_of
 from eagleray.models.plans import parallel_plan
-from eagleray.parallel import DataCoordinate, ParallelOptions, apply_layout, data_coordinate, gathered
+from eagleray.parallel import (
+    DataCoordinate,
+    ParallelOptions,
+    Pipeline,
+    apply_layout,
+    apply_pipeline,
+    data_coordinate,
+    gathered,
+)
 from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
 from eagleray_jobs.train.evaluation import Evaluator
@@ -48,18 +61,17 @@ class _Loop:
         self.exchange = parts.exchange
         if config.torch_compile:
             parts.model.compile()  # in place: names stay, and DDP wraps what is compiled
-        model = apply_layout(
-            parts.model,
-            spec.layout,
-            parts.mesh,
-            parts.device,
-            plan=parallel_plan(parts.model),
-            options=ParallelOptions.of(spec.config),
-        )
-        optimizer = build_optimizer(parts.model, config)
-        self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, coordinate, parts.device)
-        self.state = TrainState(parts.model, optimizer, self.step.scaler)
-        self.batches = _build_batches(config, parts, coordinate)
+        model = _cut(spec, parts)
+        self.pipeline = model if isinstance(model, Pipeline) else None
+        module = self.pipeline or parts.model
+        optimizer = build_optimizer(module, config)
+        computes = coordinate
+        if self.pipeline is not None:  # the last stage need not be on the last rank
+            counts = self.pipeline.holds_last and parts.mesh.get_local_rank("tp") == 0
+            computes = replace(coordinate, counts=counts)
+        self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, computes, parts.device)
+        self.state = TrainState(module, optimizer, self.step.scaler)
+        self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
         self.goal = Goal.of(config, parts.task.best_metric)
         self.evaluator = _build_evaluator(config, parts, coordinate, self.exchange)
         self.is_first = self.exchange.rank == 0
@@ -119,6 +131,8 @@ class _Loop:
 
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
+        if self.pipeline is not None:
+            self.pipeline.copy_into(self.parts.model)
         with (
             self.throughput.paused(),
             gathered(self.parts.model, reshard_after_forward=self.reshard_after_forward),
@@ -172,7 +186,26 @@ class _Loop:
         self.exchange.close()
 
 
-def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate) -> Batches:
+def _cut(spec: WorkerSpec, parts: Parts) -> nn.Module:
+    """Apply the layout; a pipeline's stages are new, and the whole model stays behind for evaluation."""
+    plan, options = parallel_plan(parts.model), ParallelOptions.of(spec.config)
+    if spec.layout.pipeline == 1:
+        return apply_layout(parts.model, spec.layout, parts.mesh, parts.device, plan=plan, options=options)
+    if spec.train.torch_compile:
+        raise ConfigError("train.torch_compile does not work with parallel.pipeline_parallel_degree above 1")
+    return apply_pipeline(
+        skeleton_of(parts.model),
+        spec.layout,
+        parts.mesh,
+        parts.device,
+        plan=plan,
+        options=options,
+        loss=parts.task.loss,
+        fill=partial(fill_from, parts.model),
+    )
+
+
+def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate, *, whole: bool) -> Batches:
     lengths = parts.train.lengths if config.group_by_length else None
     return Batches(
         Cursor(len(parts.train), config.global_batch_size, config.seed, lengths),
@@ -180,7 +213,7 @@ def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate
         parts.task,
         parts.processor,
         coordinate,
-        max_rows=config.per_device_train_batch_size,
+        max_rows=None if whole else config.per_device_train_batch_size,
         pin_memory=parts.device.type == "cuda",
     )
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.errors import ConfigError
 from eagleray.models import build_model, load_weights, model_files
-from eagleray.parallel import build_mesh, check_supported
+from eagleray.parallel import ParallelOptions, build_mesh, check_supported
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.registry import Registry
 from eagleray.store.runs import RunHandle, run_dir
@@ -83,7 +83,7 @@ def assemble(
         DataError: The prepared data is missing or damaged.
         CheckpointDamagedError: The version to go on from, or to start from, is not what was committed.
     """
-    check_supported(spec.layout)
+    check_supported(spec.layout, ParallelOptions.of(spec.config), spec.train.global_batch_size)
     check_precision(spec.train, device)
     check_sinks(spec)
     task = load_task(spec.config)

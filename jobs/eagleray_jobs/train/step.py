@@ -6,24 +6,23 @@ import hashlib
 import math
 import random
 import struct
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import ConfigError, NonFiniteLossError
-from eagleray.parallel import DataCoordinate
+from eagleray.parallel import DataCoordinate, Pipeline
 from eagleray.parallel.gradients import gradient_norm, local_gradients
-from eagleray.tasks.base import Loss, Task, move
-from eagleray_jobs.train.batches import MicroBatch, StepBatch
+from eagleray.tasks.base import Loss, Task
+from eagleray_jobs.train.batches import StepBatch
 from eagleray_jobs.train.exchange import Exchange, Pending, Totals
 from eagleray_jobs.train.optimizer import set_learning_rate
+from eagleray_jobs.train.passes import ModelPasses, Passes, PipelinePasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class TrainStep:
     range) and scaled once, together with clipping, when the ranks have told each other their counts.
 
     Args:
-        model: What is called for training (from `apply_layout`).
+        model: What is called for training (from `apply_layout`), or the stages of this rank.
         task: Computes the loss.
         optimizer: Updates the trained parameters of `model`.
         config: The `train` section.
@@ -68,13 +67,18 @@ class TrainStep:
     ) -> None:
         check_precision(config, device)
         self._model = model
-        self._task = task
         self._optimizer = optimizer
         self._config = config
         self._exchange = exchange
         self._coordinate = coordinate
-        self._device = device
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._passes: Passes
+        self._counted, self._stages = self._parameters, None
+        if isinstance(model, Pipeline):
+            self._passes = PipelinePasses(model, config, device, self._seed)
+            self._counted, self._stages = model.counted_parameters(), model.group
+        else:
+            self._passes = ModelPasses(model, task, config, device, self._seed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
         self._checked_gradients = False
 
@@ -105,43 +109,23 @@ class TrainStep:
 
     def _forward_backward(self, batch: StepBatch, stop: bool, saving: bool) -> Totals:
         """Accumulate gradients; the totals travel while the last backward pass runs."""
-        losses: list[Loss] = []
-        pending: Pending | None = None
-        for index, micro_batch in enumerate(batch.micro_batches):
-            is_last = index == len(batch.micro_batches) - 1
-            with self._gradient_sync(is_last):
-                seed_step(self._config.seed, batch.step, index, self._coordinate.rank)
-                losses.append(self._forward(micro_batch))
-                if is_last and self._device.type == "cpu":
-                    pending = self._send(losses, stop, saving)
-                torch.autograd.backward(self.scaler.scale(losses[-1].total / self._normalizer))
-                losses[-1] = Loss(losses[-1].total.detach(), losses[-1].count)
-        # On a GPU reading the loss waits for the forward pass, so it comes after the backward is queued.
-        return (pending or self._send(losses, stop, saving)).wait()
+        sent: list[Pending] = []
+        self._passes.run(batch, self._scale_loss, lambda losses: sent.append(self._send(losses, stop, saving)))
+        return sent[0].wait()
 
-    def _forward(self, micro_batch: MicroBatch) -> Loss:
-        with self._autocast():
-            loss = self._task.loss(self._model, move(micro_batch.batch, self._device))
-        if micro_batch.filler:
-            return Loss(loss.total * 0.0, loss.count * 0)
-        return loss
+    def _scale_loss(self, total: Tensor) -> Tensor:
+        return self.scaler.scale(total / self._normalizer)
 
-    def _send(self, losses: list[Loss], stop: bool, saving: bool) -> Pending:
+    def _seed(self, step: int, micro_batch: int) -> None:
+        seed_step(self._config.seed, step, micro_batch, self._coordinate.rank)
+
+    def _send(self, losses: Sequence[Loss], stop: bool, saving: bool) -> Pending:
         # One copy to the host for both, in float64: counts stay exact.
-        totals = torch.stack([torch.stack([loss.total.detach().double(), loss.count.double()]) for loss in losses])
-        self._local_loss, count = totals.sum(0).tolist()
+        pairs = [torch.stack([loss.total.detach().double(), loss.count.double()]) for loss in losses]
+        local_loss, count = torch.stack(pairs).sum(0).tolist() if pairs else (0.0, 0.0)
+        self._local_loss = float(local_loss)
         share = (self._local_loss, int(count)) if self._coordinate.counts else (0.0, 0)
         return self._exchange.start(*share, stop=stop, saving=saving)
-
-    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        if is_last or not isinstance(self._model, DistributedDataParallel):
-            return nullcontext()
-        return self._model.no_sync()
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        if not (self._config.bf16 or self._config.fp16):
-            return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16 if self._config.bf16 else torch.float16)
 
     @property
     def _normalizer(self) -> float:
@@ -154,7 +138,7 @@ class TrainStep:
 
     def _scale_and_clip(self, scale: float) -> Tensor:
         """Turn the sums into means and clip them, in one pass; return the norm before clipping."""
-        norm = gradient_norm(self._parameters) * scale
+        norm = gradient_norm(self._counted, self._stages) * scale
         limit = self._config.max_grad_norm
         clip = 1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
         torch._foreach_mul_(local_gradients(self._parameters), scale * clip)

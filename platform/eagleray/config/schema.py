@@ -273,6 +273,19 @@ class ParallelConfig(Section):
         False,
         description="Whether tensor parallelism also cuts norms and the residual stream, along the sequence.",
     )
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"
+    ] = Field(
+        "1F1B",
+        description="Order in which a pipeline runs its micro-batches; the last three have two stages per rank.",
+    )
+    num_microbatches: PositiveInt | None = Field(
+        None,
+        description="Parts in which a data-parallel rank's rows go through the pipeline; null: twice the degree.",
+    )
+    pipeline_parallel_split: list[PositiveInt] | None = Field(
+        None, description="Layers of each pipeline stage, encoder first; null: balanced by estimated cost."
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="What a layer computes again in the backward pass to save memory: nothing, everything but "

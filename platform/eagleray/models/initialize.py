@@ -7,6 +7,7 @@ parameter's name, on the CPU. So neither the order of building, nor the device, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,29 @@ def materialize(model: nn.Module, device: torch.device | str, *, modules: set[st
             if buffer is not None and buffer.is_meta:
                 moved.setdefault(buffer, torch.empty_like(buffer, device=device))
                 module._buffers[name] = moved[buffer]
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on `meta`; shared parameters stay shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for tensor in tensors
+    }
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def fill_from(source: nn.Module, model: nn.Module, modules: set[str]) -> None:
+    """Give modules of a skeleton the tensors of the model that it was made from, copied."""
+    device = next(source.parameters()).device
+    materialize(model, device, modules=modules)
+    for name in modules:
+        module, original = model.get_submodule(name), source.get_submodule(name)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            tensor.copy_(getattr(original, key))
 
 
 class _FillByName(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.options import ParallelOptions
-from eagleray.parallel.pipeline import Pipeline
+from eagleray.parallel.pipeline import Pipeline, micro_batches
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
 from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
@@ -26,16 +26,18 @@ _NO_PLAN = ParallelPlan()
 _DEFAULTS = ParallelOptions()
 
 
-def check_supported(layout: Layout) -> None:
-    """Refuse a layout that training cannot use.
+def check_supported(layout: Layout, options: ParallelOptions, global_batch_size: int) -> None:
+    """Refuse a global batch that a pipeline cannot cut into equal micro-batches.
 
     Raises:
-        ConfigError: pipeline_parallel_degree is above 1.
+        ConfigError: It cannot; with the numbers.
     """
-    if layout.pipeline > 1:
+    parts = layout.num_data_ranks * micro_batches(layout, options)
+    if layout.pipeline > 1 and global_batch_size % parts:
         raise ConfigError(
-            f"parallel.pipeline_parallel_degree: {layout.pipeline} cannot be trained by this version",
-            "set it to 1; the other three degrees work in every combination",
+            f"train.global_batch_size {global_batch_size} over {layout.num_data_ranks} data-parallel ranks does "
+            f"not make {micro_batches(layout, options)} equal micro-batches for the pipeline",
+            f"use a multiple of {parts}, or change parallel.num_microbatches",
         )
 
 

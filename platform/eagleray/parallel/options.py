@@ -45,4 +45,8 @@ class ParallelOptions:
             activation_checkpointing=parallel.activation_checkpointing,
             reshard_after_forward=parallel.reshard_after_forward,
             bf16=config.train is not None and config.train.bf16,
+            schedule=parallel.pipeline_parallel_schedule,
+            num_microbatches=parallel.num_microbatches,
+            split=None if parallel.pipeline_parallel_split is None else tuple(parallel.pipeline_parallel_split),
+            length=config.data.max_source_length,
         )

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.cut import cut_layers, estimate_costs
+from eagleray.parallel.gradients import whole
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.stage import LossFunction, Stage, capture_inputs, prune
@@ -50,6 +51,11 @@ def stage_numbers(schedule: str, rank: int, num_ranks: int) -> list[int]:
     if schedule == "ZBVZeroBubble":
         return [rank, 2 * num_ranks - 1 - rank]
     return [rank, rank + num_ranks]
+
+
+def micro_batches(layout: Layout, options: ParallelOptions) -> int:
+    """Return the parts in which a data-parallel rank's rows go through the pipeline."""
+    return options.num_microbatches or 2 * layout.pipeline
 
 
 def cut_model(model: nn.Module, layout: Layout, plan: ParallelPlan, options: ParallelOptions) -> list[range]:
@@ -107,7 +113,7 @@ class Pipeline(nn.Module):
         self.cut = cut_model(model, layout, plan, options)
         self._group = mesh.get_group("pp")
         self._device, self._options, self._loss = device, options, loss
-        self.num_micro_batches = options.num_microbatches or 2 * layout.pipeline
+        self.num_micro_batches = micro_batches(layout, options)
         self.numbers = stage_numbers(options.schedule, self._group.rank(), layout.pipeline)
         self.stages = nn.ModuleList(
             Stage(copy.deepcopy(model), plan, self.cut[number], loss) for number in self.numbers
@@ -169,6 +175,23 @@ class Pipeline(nn.Module):
                     f"{rank}, and data-parallel degrees beside a pipeline cannot hold it there",
                     "use schedule 1F1B or GPipe, another pipeline_parallel_split, or untie the embeddings",
                 )
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks of this pipeline, in the order of their stages."""
+        return self._group
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module) -> None:
+        """Copy the parameters of all stages into a whole model; called by all ranks together."""
+        size = self._group.size()
+        owner = {n: rank for rank in range(size) for n in stage_numbers(self._options.schedule, rank, size)}
+        own, target = dict(self.named_parameters()), dict(model.named_parameters())
+        for name, holders in self._holders.items():
+            rank = owner[holders[0]]
+            if rank == self._group.rank():
+                target[name].copy_(whole(own[name]))
+            dist.broadcast(target[name].data, group=self._group, group_src=rank)
 
     def share_copies(self) -> None:
         """Let a tied parameter of two stages of this rank be one object; called once they are filled."""

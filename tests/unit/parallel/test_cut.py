@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.parallel import ParallelOptions, check_supported
 from eagleray.parallel.cut import balance, cut_layers
 
 
@@ -42,3 +44,15 @@ def test_a_split_that_does_not_fit_is_refused(split: list[int]) -> None:
 def test_too_few_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="the model has 3 layers, too few for 4 pipeline stages"):
         cut_layers([1, 1, 1], 4)
+
+
+def test_a_global_batch_that_makes_no_equal_micro_batches_is_refused_with_the_numbers() -> None:
+    layout, options = Layout(pipeline=2, replicate=3), ParallelOptions(num_microbatches=4)
+    check_supported(layout, options, 36)
+    with pytest.raises(ConfigError) as error:
+        check_supported(layout, options, 64)
+    assert str(error.value) == (
+        "train.global_batch_size 64 over 3 data-parallel ranks does not make 4 equal micro-batches for the "
+        "pipeline\n"
+        "  use a multiple of 12, or change parallel.num_microbatches"
+    )
