@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from ray_cluster import RayCluster
 
-from conftest import RayCluster
 from eagleray.cluster import connect
 from eagleray.config.schema import RunConfig
 from eagleray.errors import DataError

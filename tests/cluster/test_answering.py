@@ -1,0 +1,100 @@
+"""The verbs `evaluate` and `predict` on a real cluster, with a tiny committed model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_cluster import RayCluster
+
+from eagleray.config.layout import Layout
+from eagleray.config.schema import RunConfig
+from eagleray.models import build_model, model_files
+from eagleray.store.claim import RunClaim, claim_run
+from eagleray.store.decide import Outcome
+from eagleray.store.objects import ObjectStore
+from eagleray.store.saver import CheckpointSaver
+from eagleray.tasks import load_task
+
+SECTIONS: dict[str, Any] = {
+    "name": "tiny",
+    "task": "translation",
+    "model": {
+        "family": "marian",
+        "config": {
+            "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        },
+        "tokenizer": {"vocab_size": 280},
+    },
+    "data": {"source": "cldr-en-fr", "max_source_length": 128, "max_target_length": 4},
+    "train": {"max_steps": 1},
+    "serve": {"max_new_tokens": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+    """A store that holds one committed version of a tiny model."""
+    store = ObjectStore.open(str(tmp_path_factory.mktemp("answering") / "store"))
+    config = RunConfig.model_validate(SECTIONS)
+    processor = load_task(config).build_processor(iter([{"source": "one hour", "target": "une heure"}]))
+    model = build_model(config, processor, "cpu")
+    claim = claim_run(store, config, notify=lambda _: None)
+    assert isinstance(claim, RunClaim)
+    with claim:
+        saver = CheckpointSaver(None, claim.handle, layout=Layout(), config=config)
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = {f"model.{name}": named[name].detach() for name in model.state_dict() if name in named}
+        saver.save(
+            step=1, tensors=tensors, files=model_files(model, config, processor), state={"step": 1}, metrics={}
+        )
+        saver.wait()
+        saver.close()
+        claim.finish(Outcome.FINISHED, {})
+    return store
+
+
+def eagleray(cluster: RayCluster, environment: dict[str, str], *arguments: object) -> dict[str, Any]:
+    command = [sys.executable, "-m", "eagleray.cli", *map(str, arguments), "--address", cluster.address, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_four_workers_write_byte_for_byte_what_one_writes(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
+) -> None:
+    lines = [f"sentence number {i} of {'very ' * (i % 7)}many" for i in range(10_000)]
+    (tmp_path / "in.txt").write_text("\n".join(lines) + "\n")
+    for num_workers in (1, 4):
+        output = tmp_path / f"out-{num_workers}.jsonl"
+        report = eagleray(
+            ray_cluster, ray_environment, "predict", "tiny", tmp_path / "in.txt", output,
+            "--store", store.location, "--num-workers", num_workers,
+        )  # fmt: skip
+        assert (report["num_rows"], report["num_errors"]) == (10_000, 0)
+    one, four = ((tmp_path / f"out-{n}.jsonl").read_bytes() for n in (1, 4))
+    assert one == four
+    assert [json.loads(line)["source"] for line in one.split(b"\n") if line] == lines
+
+
+def test_scores_are_the_same_with_any_number_of_workers(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(json.dumps(SECTIONS))
+    reports = [
+        eagleray(
+            ray_cluster, ray_environment, "evaluate", tmp_path / "tiny.yaml", "--store", store.location,
+            "--num-workers", num_workers,
+        )
+        for num_workers in (1, 3)
+    ]  # fmt: skip
+    assert reports[0]["scores"] == reports[1]["scores"]
+    assert reports[0]["baselines"] == reports[1]["baselines"] and "exact_match/date" in reports[0]["scores"]
+    assert len([info for info in store.list("runs/tiny/r1/evaluations")]) == 2
