@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,14 +13,84 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.models.initialize import initialize, materialize
-from eagleray.parallel import Fill
+from eagleray.parallel import Fill, ParallelPlan
 
 SEED = 7
 IGNORED = -100
 
 
+class Block(nn.Module):
+    """A layer of a module that no library knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class OwnParts:
+    """What `OwnModel` does around its blocks."""
+
+    embed_modules = (("embed",),)
+    head_modules = ("head",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        embedded: Tensor = self._model.embed(inputs["input_ids"])
+        return embedded
+
+    def arguments(
+        self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        return self._model.classify(hidden, inputs["attention_mask"])
+
+
+class OwnModel(nn.Module):
+    """A user's own module; its plan is all that a layout needs to know."""
+
+    def __init__(self, width: int = 16, depth: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(36, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def parallel_plan(self) -> ParallelPlan:
+        return ParallelPlan(
+            layers=("blocks",),
+            tensor={
+                "embed": "vocab",
+                "blocks.*.up": "colwise",
+                "blocks.*.down": "rowwise",
+                "blocks.*.norm": "norm",
+            },
+            divisible={"inner width": 24},
+            sequence=True,
+            pipeline=OwnParts,
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x, attention_mask)
+
+    def classify(self, x: Tensor, attention_mask: Tensor) -> Any:
+        weights = attention_mask.unsqueeze(-1).float()
+        return SimpleNamespace(logits=self.head((x * weights).sum(1) / weights.sum(1)))
+
+
 def build(family: str, **changes: Any) -> nn.Module:
     """Build a model on `meta`."""
+    if family == "own":
+        with torch.device("meta"):
+            return OwnModel(**changes)
     import transformers
 
     with torch.device("meta"):
@@ -95,7 +167,7 @@ def global_batch(family: str, step: int, rows: int = 8) -> dict[str, Tensor]:
             "labels": torch.randint(0, 3, (rows,), generator=rng),
         }
     source, source_mask = _tokens(rng, rows, 7, 1 if family == "marian" else 0)
-    if family == "bert":
+    if family in ("bert", "own"):
         return {
             "input_ids": source,
             "attention_mask": source_mask,

@@ -43,16 +43,17 @@ SAMPLE = {
     ("marian", "fsdp2.tp2", "sequence"),
     ("bert", "hsdp2x2", "plain"),
     ("vit", "ddp2.tp2", "plain"),
+    ("own", "fsdp2.tp2", "both"),
 }
 CASES = [
     (family, layout, options)
-    for family, layout, options in product(("marian", "bert", "vit"), LAYOUTS, OPTIONS)
+    for family, layout, options in product(("marian", "bert", "vit", "own"), LAYOUTS, OPTIONS)
     if layout.tensor > 1 or not OPTIONS[options].sequence_parallel
 ]
 
 
 def test_the_matrix_covers_what_it_says() -> None:
-    assert len(CASES) == 3 * (5 * 3 + 4 * 5)
+    assert len(CASES) == 4 * (5 * 3 + 4 * 5)
     assert {(family, str(layout), options) for family, layout, options in CASES} >= SAMPLE
 
 

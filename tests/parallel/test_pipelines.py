@@ -23,6 +23,8 @@ CASES = {
     "vit-pp2-gpipe": ("vit", Layout(pipeline=2), P(schedule="GPipe", num_microbatches=2)),
     "marian-pp2.fsdp2": ("marian", Layout(pipeline=2, shard=2), P()),
     "marian-pp2.tp2": ("marian", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
+    "own-pp2-zero": ("own", Layout(pipeline=2), P(schedule="InterleavedZeroBubble")),
+    "own-pp2.tp2": ("own", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
     "vit-pp2.ddp2": ("vit", Layout(pipeline=2, replicate=2), P()),
 }
 SLOW = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -59,6 +60,33 @@ class Layout:
         if self.shard > 1:
             return f"fsdp{self.shard}"
         return f"ddp{self.replicate}" if self.replicate > 1 else ""
+
+
+_AXIS_OF = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "pp": "pipeline"}
+_PART = re.compile(r"(?P<kind>ddp|fsdp|tp|pp)(?P<degree>[1-9]\d*)|hsdp(?P<replicate>[1-9]\d*)x(?P<shard>[1-9]\d*)")
+
+
+def parse_layout(text: str) -> Layout:
+    """Read a layout as it is spelled: `ddp2`, `fsdp2.tp2`, `hsdp2x2`, `pp2.tp2`, `single`; in any order.
+
+    Raises:
+        ConfigError: It is not spelled like that, or names an axis twice.
+    """
+    degrees: dict[str, int] = {}
+    for part in [] if text == "single" else text.split("."):
+        match = _PART.fullmatch(part)
+        found: dict[str, int] = {}
+        if match is not None and match["kind"]:
+            found = {_AXIS_OF[match["kind"]]: int(match["degree"])}
+        elif match is not None:
+            found = {"replicate": int(match["replicate"]), "shard": int(match["shard"])}
+        if not found or found.keys() & degrees.keys():
+            raise ConfigError(
+                f"{text!r} is no layout" if not found else f"the layout {text!r} names an axis twice",
+                "spell it like ddp2, fsdp2.tp2, hsdp2x2, pp2.tp2 or single",
+            )
+        degrees |= found
+    return Layout(**degrees)
 
 
 def resolve_layout(parallel: ParallelConfig, num_workers: int | None) -> Layout:

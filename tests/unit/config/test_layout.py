@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eagleray.config.layout import Layout, resolve_layout
+from eagleray.config.layout import Layout, parse_layout, resolve_layout
 from eagleray.config.schema import ParallelConfig
 from eagleray.errors import ConfigError
 
@@ -75,3 +75,24 @@ def test_degrees_that_do_not_fit_print_the_equation(
         resolve_layout(degrees, num_workers)
     assert message in error.value.message
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(replicate=2), Layout(shard=4), Layout(2, 2), Layout(shard=2, tensor=2), Layout(2, 3, 4, 5)],
+    ids=str,
+)
+def test_what_is_spelled_is_read_again(layout: Layout) -> None:
+    assert parse_layout(str(layout)) == layout
+
+
+def test_the_order_of_axes_does_not_matter() -> None:
+    assert parse_layout("tp2.pp2") == Layout(tensor=2, pipeline=2)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "tp", "tp0", "tp2.", "tp-2", "hsdp2", "cp2", "tp2.tp2", "ddp2.hsdp2x2", "tp02"]
+)
+def test_what_is_no_layout_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="spell it like ddp2"):
+        parse_layout(text)
