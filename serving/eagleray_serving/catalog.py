@@ -61,7 +61,7 @@ def route_prefixes(cards: Sequence[ModelCard]) -> dict[str, str]:
     return {card.name: card.bare_path if verbs.count(card.verb) == 1 else card.path for card in cards}
 
 
-def choose(cards: Sequence[ModelCard], verb: Verb, body: Mapping[str, Any]) -> ModelCard:
+def choose(cards: Sequence[ModelCard], verb: str, body: Mapping[str, Any]) -> ModelCard:
     """Find the model that a request to a bare route means.
 
     Args:

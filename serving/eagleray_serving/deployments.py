@@ -7,7 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse
+from fastapi import FastAPI
+from starlette.responses import Response
+
 from eagleray_serving.autoscaling import deployment_options
 from eagleray_serving.edge import READY, Edge
 from eagleray_serving.loopback import keep_on_loopback
@@ -59,7 +61,7 @@ class ServeFleet:
             if plan.application in applications
         }
 
-    async def hand_on(self, name: str, request: HTTPRequest) -> HTTPResponse:
+    async def hand_on(self, name: str, body: bytes) -> Response:
         """Let a replica of a model answer; when it dies on the way, another one.
 
         Raises:
@@ -74,7 +76,7 @@ class ServeFleet:
             async with asyncio.timeout(plan.serve.request_timeout_s):
                 for _ in range(MAX_HAND_ONS):
                     try:
-                        response: HTTPResponse = await handle.hand_on.remote(request)
+                        response: Response = await handle.hand_on.remote(body)
                         return response
                     except RayActorError:
                         continue
@@ -105,7 +107,7 @@ class EdgeReplica:
             body_timeout_s=max(each.request_timeout_s for each in limits),
         )
 
-    def __serve_build_asgi_app__(self) -> Application:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that answers this replica's HTTP requests."""
         return self._edge.application()
 

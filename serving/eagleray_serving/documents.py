@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
-
-from eagleray_serving.catalog import ModelCard
 from eagleray_serving.schema import ANSWERS, REQUESTS, ErrorAnswer, Verb
 
-COMPONENT = "#/components/schemas/{model}"
 EXAMPLES: Mapping[Verb, Any] = {
     "translate": {"text": "6 July 2011"},
     "classify": {"text": "Good morning"},
     "predict": {"inputs": [{"column": "value"}]},
 }
-STATUSES = {
-    "400": "Malformed JSON, or several models could answer.",
-    "404": "No such model or path.",
-    "405": "No such method here.",
-    "408": "The body did not arrive in time.",
-    "413": "The body, an item or the number of items is too large.",
-    "415": "The body is not application/json.",
-    "422": "JSON, but no request.",
-    "429": "Too much is waiting; Retry-After says when to try again.",
-    "503": "No model answered in time; Retry-After says when to try again.",
+STATUSES: Mapping[int | str, str] = {
+    400: "Malformed JSON, or several models could answer.",
+    404: "No such model or path.",
+    405: "No such method here.",
+    408: "The body did not arrive in time.",
+    413: "The body, an item or the number of items is too large.",
+    415: "The body is not application/json.",
+    422: "JSON, but no request.",
+    429: "Too much is waiting; Retry-After says when to try again.",
+    503: "No model answered in time; Retry-After says when to try again.",
 }
 PAGES = {
     "/healthz": "Whether the server lives.",
     "/readyz": "Whether every model answers.",
     "/v1/models": "The models, with version and state.",
-    "/openapi.json": "This document.",
     "/docs": "This page.",
+    "/": "Where to begin.",
 }
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -47,22 +41,14 @@ STYLE = (
 )
 
 
-def openapi_document(cards: Sequence[ModelCard]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a server with these models."""
-    models: list[type[BaseModel]] = [*REQUESTS.values(), *ANSWERS.values(), ErrorAnswer]
-    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=COMPONENT)
-    paths: dict[str, Any] = {path: {"get": _page(summary)} for path, summary in PAGES.items()}
-    for verb in sorted({card.verb for card in cards}):
-        names = [card.name for card in cards if card.verb == verb]
-        paths[f"/v1/{verb}"] = {"post": _operation(verb, f"Any of {', '.join(names)}")}
-    for card in cards:
-        pair = f", {card.source} to {card.target}" if card.source else ""
-        paths[card.path] = {"post": _operation(card.verb, f"{card.ref}{pair}")}
+def operation(verb: Verb, summary: str) -> dict[str, Any]:
+    """Return what FastAPI is told about a route whose body it does not parse itself."""
+    body = {"schema": REQUESTS[verb].model_json_schema(), "example": EXAMPLES[verb]}
+    errors = {status: {"description": text, "model": ErrorAnswer} for status, text in STATUSES.items()}
     return {
-        "openapi": "3.1.0",
-        "info": {"title": "Eagleray", "version": version("eagleray")},
-        "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "summary": summary,
+        "responses": {200: {"description": "An answer per item, in order.", "model": ANSWERS[verb]}, **errors},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": body}}},
     }
 
 
@@ -79,28 +65,6 @@ def docs_page(document: Mapping[str, Any]) -> str:
         f"<style>{STYLE}</style><h1>{_text(title)}</h1>{''.join(sections)}"
         f"<h2>Schemas</h2><pre>{_text(_pretty(document['components']['schemas']))}</pre></html>"
     )
-
-
-def _page(summary: str) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": {"description": summary}}}
-
-
-def _operation(verb: Verb, summary: str) -> dict[str, Any]:
-    error = {"application/json": {"schema": _reference("ErrorAnswer")}}
-    answer = {"application/json": {"schema": _reference(ANSWERS[verb].__name__)}}
-    request = {"application/json": {"schema": _reference(REQUESTS[verb].__name__), "example": EXAMPLES[verb]}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": request},
-        "responses": {
-            "200": {"description": "An answer per item, in order.", "content": answer},
-            **{status: {"description": text, "content": error} for status, text in STATUSES.items()},
-        },
-    }
-
-
-def _reference(model: str) -> dict[str, str]:
-    return {"$ref": COMPONENT.format(model=model)}
 
 
 def _section(path: str, method: str, operation: Mapping[str, Any]) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Protocol
+from importlib.metadata import version
+from typing import Any, Protocol
 
-from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse, Route, json_response
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
 from eagleray_serving.catalog import ModelCard, choose, find
-from eagleray_serving.documents import docs_page, openapi_document
-from eagleray_serving.schema import REQUESTS, Verb, WireError, parse_json
+from eagleray_serving.documents import PAGES, docs_page, operation
+from eagleray_serving.schema import REQUESTS, WireError, parse_json
+from eagleray_serving.web import framing, read_body
 
 READY = "ready"
 
@@ -20,8 +24,8 @@ class Fleet(Protocol):
     async def states(self) -> Mapping[str, str]:
         """Return the state of each model by its name; `ready` is the good one."""
 
-    async def hand_on(self, name: str, request: HTTPRequest) -> HTTPResponse:
-        """Let a model answer a request.
+    async def hand_on(self, name: str, body: bytes) -> Response:
+        """Let a model answer a body.
 
         Raises:
             WireError: 503, no replica of it answered.
@@ -45,37 +49,44 @@ class Edge:
         self._fleet = fleet
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
-        self._openapi = openapi_document(self._cards)
-        self._docs = docs_page(self._openapi)
 
-    def application(self) -> Application:
+    def application(self) -> FastAPI:
         """Return the ASGI application."""
-        pages = {
-            "/": self._index,
-            "/healthz": self._health,
-            "/readyz": self._readiness,
-            "/v1/models": self._models,
-            "/docs": self._page,
-            "/openapi.json": self._document,
-        }
-        return Application(
-            [
-                *(Route("GET", path, handler) for path, handler in pages.items()),
-                *(Route("POST", f"/v1/{verb}", self._bare) for verb in REQUESTS),
-                *(Route("POST", f"/v1/{verb}/{{model}}", self._named) for verb in REQUESTS),
-            ],
-            max_body_bytes=self._max_body_bytes,
-            body_timeout_s=self._body_timeout_s,
+        app = FastAPI(
+            title="Eagleray",
+            version=version("eagleray"),
+            redirect_slashes=False,
+            docs_url=None,
+            redoc_url=None,
+            **framing(),
         )
+        pages = (self._health, self._readiness, self._models, self._page, self._index)
+        for (path, summary), page in zip(PAGES.items(), pages, strict=True):
+            app.add_api_route(path, page, summary=summary)
+        # A model that stands at its named route has an application of its own there; these describe it.
+        for card in self._cards:
+            pair = f", {card.source} to {card.target}" if card.source else ""
+            self._add_model_route(app, card.path, operation(card.verb, f"{card.ref}{pair}"))
+        for verb in {card.verb: None for card in self._cards}:
+            names = ", ".join(card.name for card in self._cards if card.verb == verb)
+            self._add_model_route(app, f"/v1/{verb}", operation(verb, f"Any of {names}"))
+        for verb in REQUESTS:
+            self._add_model_route(app, f"/v1/{verb}", {"include_in_schema": False})
+            self._add_model_route(app, f"/v1/{verb}/{{model}}", {"include_in_schema": False})
+        self._docs = docs_page(app.openapi())
+        return app
 
-    async def _index(self, request: HTTPRequest) -> HTTPResponse:
+    def _add_model_route(self, app: FastAPI, path: str, options: Mapping[str, Any]) -> None:
+        app.add_api_route(path, self._hand_on, methods=["POST"], **options)
+
+    async def _index(self, request: Request) -> Response:
         links = {"docs": "/docs", "models": "/v1/models", "openapi": "/openapi.json", "ready": "/readyz"}
-        return json_response({"name": "eagleray", **links})
+        return JSONResponse({"name": "eagleray", **links})
 
-    async def _health(self, request: HTTPRequest) -> HTTPResponse:
-        return json_response({"status": "ok"})
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
 
-    async def _readiness(self, request: HTTPRequest) -> HTTPResponse:
+    async def _readiness(self, request: Request) -> Response:
         states = await self._fleet.states()
         models = {card.name: states.get(card.name, "missing") for card in self._cards}
         waiting = [name for name, state in models.items() if state != READY]
@@ -87,30 +98,23 @@ class Edge:
                 "ask again soon",
                 retry_after_s=1,
             )
-        return json_response({"status": READY, "models": models})
+        return JSONResponse({"status": READY, "models": models})
 
-    async def _models(self, request: HTTPRequest) -> HTTPResponse:
+    async def _models(self, request: Request) -> Response:
         states = await self._fleet.states()
-        return json_response(
+        return JSONResponse(
             {"models": [{**card.as_json(), "state": states.get(card.name, "missing")} for card in self._cards]}
         )
 
-    async def _page(self, request: HTTPRequest) -> HTTPResponse:
+    async def _page(self, request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'"
-        return HTTPResponse(
-            200, self._docs.encode(), "text/html; charset=utf-8", {"content-security-policy": policy}
-        )
+        return HTMLResponse(self._docs, headers={"content-security-policy": policy})
 
-    async def _document(self, request: HTTPRequest) -> HTTPResponse:
-        return json_response(self._openapi)
-
-    async def _bare(self, request: HTTPRequest) -> HTTPResponse:
-        verb: Verb = request.path.rpartition("/")[2]  # type: ignore[assignment]
-        card = choose(self._cards, verb, parse_json(request.body))
-        return await self._fleet.hand_on(card.name, replace(request, path=card.path))
-
-    async def _named(self, request: HTTPRequest) -> HTTPResponse:
-        # A model that stands here has its own application; only a wrong name falls through to the edge.
-        verb = request.path.split("/")[2]
-        card = find([card for card in self._cards if card.verb == verb], request.parameters["model"])
-        return await self._fleet.hand_on(card.name, request)
+    async def _hand_on(self, request: Request) -> Response:
+        verb, *name = request.scope["path"].removeprefix("/v1/").split("/", 1)
+        body = await read_body(request, self._max_body_bytes, self._body_timeout_s)
+        if name:
+            card = find([card for card in self._cards if card.verb == verb], name[0])
+        else:
+            card = choose(self._cards, verb, parse_json(body))
+        return await self._fleet.hand_on(card.name, body)

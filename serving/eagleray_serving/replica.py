@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.responses import Response
+
 from eagleray.config.schema import ServeConfig
 from eagleray.engine import (
     Batcher,
@@ -24,7 +27,6 @@ from eagleray.errors import ModelStoppedError, ServingError
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry
 from eagleray.user_code import add_code
-from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan, check
 from eagleray_serving.schema import InputKind, WireError
@@ -46,15 +48,15 @@ class ModelReplica:
     def __init__(self, plan: ModelPlan) -> None:
         keep_on_loopback()
         self._engine = BatchedEngine(load(plan), plan.serve)
-        self._app = ModelService(plan.card, plan.columns, self._engine, plan.serve).application()
+        self._service = ModelService(plan.card, plan.columns, self._engine, plan.serve)
 
-    def __serve_build_asgi_app__(self) -> Application:
+    def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application that answers this replica's HTTP requests."""
-        return self._app
+        return self._service.application()
 
-    async def hand_on(self, request: HTTPRequest) -> HTTPResponse:
+    async def hand_on(self, body: bytes) -> Response:
         """Answer a request that reached the edge first."""
-        return await self._app.respond(request)
+        return await self._service.respond(body)
 
 
 def load(plan: ModelPlan) -> Engine:

@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from starlette.applications import Starlette
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
 from eagleray.config.schema import ServeConfig
-from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse, Route, json_response
 from eagleray_serving.catalog import ModelCard, find
 from eagleray_serving.schema import (
     ANSWER_KEYS,
@@ -24,6 +28,7 @@ from eagleray_serving.schema import (
     parse_request,
     raw_items,
 )
+from eagleray_serving.web import failure, framing, read_body
 
 # 32 megapixels: any camera's photo, and at most 128 MB once decoded.
 MAX_IMAGE_PIXELS = 32 * 2**20
@@ -71,27 +76,33 @@ class ModelService:
         self._answerer = answerer
         self._limits = limits
 
-    def application(self) -> Application:
+    def application(self) -> Starlette:
         """Return the ASGI application: the bare and the named route."""
-        return Application(
-            [
-                Route("POST", self.card.bare_path, self._handle),
-                Route("POST", f"{self.card.bare_path}/{{model}}", self._handle),
-            ],
-            max_body_bytes=self._limits.max_body_bytes,
-            body_timeout_s=self._limits.request_timeout_s,
+        paths = (self.card.bare_path, f"{self.card.bare_path}/{{model}}")
+        return Starlette(routes=[Route(path, self._route, methods=["POST"]) for path in paths], **framing())
+
+    async def respond(self, body: bytes) -> Response:
+        """Answer a whole body; every failure becomes an answer."""
+        try:
+            return await self._handle(body)
+        except Exception as error:
+            return failure(error, f"a request to {self.card.ref}")
+
+    async def _route(self, http: HTTPRequest) -> Response:
+        if "model" in http.path_params:
+            find([self.card], http.path_params["model"])
+        return await self.respond(
+            await read_body(http, self._limits.max_body_bytes, self._limits.request_timeout_s)
         )
 
-    async def _handle(self, http: HTTPRequest) -> HTTPResponse:
-        if "model" in http.parameters:
-            find([self.card], http.parameters["model"])
-        request = parse_request(self.card.verb, http.body, self._limits)
+    async def _handle(self, body: bytes) -> Response:
+        request = parse_request(self.card.verb, body, self._limits)
         self._check_target(request)
         items = self._items(request)
         answers = await self._answer(items, _options(request))
         if is_single(request) and isinstance(answers[0], ItemFailure):
-            failure = answers[0]
-            raise WireError(ITEM_STATUSES.get(failure.code, 422), failure.code, failure.message, failure.hint)
+            failed = answers[0]
+            raise WireError(ITEM_STATUSES.get(failed.code, 422), failed.code, failed.message, failed.hint)
         return self._shape(answers)
 
     async def _answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
@@ -160,15 +171,15 @@ class ModelService:
             )
         return row
 
-    def _shape(self, answers: Sequence[Answered]) -> HTTPResponse:
+    def _shape(self, answers: Sequence[Answered]) -> Response:
         head = {"model": self.card.name, "version": self.card.version}
         key = ANSWER_KEYS[self.card.verb]
         plain = [_plain(answer) for answer in answers]
         try:
-            return json_response({**head, key: plain})
+            return JSONResponse({**head, key: plain})
         except (ValueError, TypeError):
             # One answer that JSON cannot carry must not take the others with it.
-            return json_response({**head, key: [_encodable(answer) for answer in plain]})
+            return JSONResponse({**head, key: [_encodable(answer) for answer in plain]})
 
 
 def check_image(data: bytes, index: int) -> None:

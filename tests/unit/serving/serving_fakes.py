@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from eagleray.config.schema import ServeConfig
-from eagleray_serving.asgi import Application, HTTPRequest, HTTPResponse
 from eagleray_serving.catalog import ModelCard
 from eagleray_serving.edge import READY
 from eagleray_serving.schema import WireError
@@ -55,8 +57,9 @@ class FakeFleet:
     async def states(self) -> Mapping[str, str]:
         return dict.fromkeys(self._services, READY) if self._states is None else self._states
 
-    async def hand_on(self, name: str, request: HTTPRequest) -> HTTPResponse:
-        return await self._services[name].application().respond(request)
+    async def hand_on(self, name: str, body: bytes) -> Response:
+        answer: Response = pickle.loads(pickle.dumps(await self._services[name].respond(body)))
+        return answer
 
 
 def service(
@@ -66,7 +69,7 @@ def service(
 
 
 def call(
-    app: Application, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    app: ASGIApp, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> httpx.Response:
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)  # type: ignore[arg-type]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from serving_fakes import DIGITS, EN_DE, EN_FR, LANGID, OWN, FakeFleet, call, is_error, service
 
-from eagleray_serving.asgi import Application, HTTPRequest, Route, json_response, whole_path
 from eagleray_serving.catalog import ModelCard, choose, route_prefixes
 from eagleray_serving.edge import Edge
 from eagleray_serving.schema import WireError
+from eagleray_serving.web import whole_path
 
 ALL = (EN_FR, EN_DE, LANGID, DIGITS, OWN)
 
 
-def edge(*cards: ModelCard, states: dict[str, str] | None = None) -> Application:
+def edge(*cards: ModelCard, states: dict[str, str] | None = None) -> FastAPI:
     fleet = FakeFleet({card.name: service(card) for card in cards}, states)
     return Edge(cards, fleet, max_body_bytes=1000, body_timeout_s=1).application()
 
@@ -119,6 +121,16 @@ def test_an_unknown_path_is_404_in_the_error_shape(path: str) -> None:
     assert (response.status_code, is_error(response)) == (404, True)
 
 
+def test_a_fault_of_the_edge_is_500_in_the_error_shape_without_its_text() -> None:
+    class BrokenFleet(FakeFleet):
+        async def states(self) -> Mapping[str, str]:
+            raise RuntimeError("secret detail")
+
+    app = Edge([EN_FR], BrokenFleet({}), max_body_bytes=10, body_timeout_s=1).application()
+    response = call(app, "GET", "/readyz")
+    assert (response.status_code, is_error(response), b"secret" in response.content) == (500, True, False)
+
+
 def test_head_is_get_without_a_body() -> None:
     response = call(edge(EN_FR), "HEAD", "/healthz")
     assert (response.status_code, response.content) == (200, b"")
@@ -147,16 +159,13 @@ def test_a_body_that_stalls_is_408() -> None:
             await asyncio.sleep(10)
             raise AssertionError
 
-        async def echo(request: HTTPRequest) -> Any:
-            return json_response({})
-
         sent: list[Any] = []
 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        app = Application([Route("POST", "/x", echo)], max_body_bytes=10, body_timeout_s=0.02)
-        await app({"type": "http", "method": "POST", "path": "/x", "headers": []}, stall, send)
+        app = service(EN_FR, request_timeout_s=0.02).application()
+        await app({"type": "http", "method": "POST", "path": "/v1/translate", "headers": []}, stall, send)
         return int(sent[0]["status"])
 
     assert asyncio.run(go()) == 408
