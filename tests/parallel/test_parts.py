@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from eagleray.store.registry import Registry
 from eagleray.store.runs import RunHandle, epoch_key
 from eagleray.store.saver import SaveResult
 from eagleray.tasks import load_task
+from eagleray.tasks.base import Answer, Example
+from eagleray.tasks.text_classification import TextClassificationTask
 from eagleray_jobs.data.prepare import prepare
 from eagleray_jobs.train.loop import run_loop
 from eagleray_jobs.train.parts import assemble
@@ -46,6 +48,15 @@ class QuietControl:
     def saved(self, result: SaveResult) -> None: ...
 
 
+class ErrorRate(TextClassificationTask):
+    """A score that is better when smaller, though its name does not say so."""
+
+    best_metric = ("error_rate", False)
+
+    def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+        return {"error_rate": 1.0 - super().score(answers, examples)["accuracy"]}
+
+
 def work(spec: WorkerSpec, stop_at: int | None) -> tuple[LoopResult, list[MetricRecord]]:
     control = QuietControl(stop_at)
     parts = assemble(spec, torch.device("cpu"))
@@ -54,15 +65,17 @@ def work(spec: WorkerSpec, stop_at: int | None) -> tuple[LoopResult, list[Metric
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Callable[..., WorkerSpec]:
-    """`spec(world_size, name=..., **train)` is a run over rows of a file."""
+    """`spec(world_size, name=..., task=..., **train)` is a run over rows of a file."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in examples_of("text-classification", 200)))
     store = ObjectStore.open(str(tmp_path / "store"))
 
-    def make(world_size: int, name: str = "tiny", attempt: str = "a", **train: Any) -> WorkerSpec:
+    def make(
+        world_size: int, name: str = "tiny", attempt: str = "a", task: str = "text-classification", **train: Any
+    ) -> WorkerSpec:
         config = make_config("text-classification", layout=world_size, **train)
         data = {"train": str(rows), "validation_split": 0.1, "test_split": 0.0}
-        config = RunConfig.model_validate(config.model_dump() | {"name": name, "data": data})
+        config = RunConfig.model_validate(config.model_dump() | {"name": name, "task": task, "data": data})
         prepared = prepare(config, load_task(config), store)
         store.put(epoch_key(name, 1, 1), b"{}")
         max_steps = config.train.max_steps if config.train else None
@@ -103,6 +116,17 @@ def test_init_from_starts_with_the_weights_of_another_run(group: Groups, spec: C
     theirs, ours = registry.open("tiny@latest").tensors(), registry.open("next@latest").tensors()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("named", [None, "error_rate"])
+def test_the_direction_of_the_tasks_own_score_is_the_tasks_also_where_the_file_names_it(
+    group: Groups, spec: Callable[..., WorkerSpec], named: str | None
+) -> None:
+    keys = {"max_steps": 1, "eval_steps": 1, "metric_for_best_model": named}
+    result = group(1).run(work, spec(1, task="test_parts:ErrorRate", **keys), None)[0][0]
+    manifest = Registry(spec(1).run.store).open("tiny").manifest
+    assert manifest.best_metric == ("error_rate", False)
+    assert manifest.metrics["error_rate"] == result.best_score
 
 
 def test_tensorboard_files_stand_in_the_runs_folder(

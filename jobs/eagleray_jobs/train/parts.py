@@ -25,6 +25,7 @@ from eagleray_jobs.train.batches import Rows
 from eagleray_jobs.train.evaluation import ScoredRows
 from eagleray_jobs.train.exchange import Exchange
 from eagleray_jobs.train.metrics import FILE_NAME, JsonlFile, JsonlSegments, MetricSink, TensorBoardFiles
+from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.saving import Saver
 from eagleray_jobs.train.spec import WorkerSpec
 from eagleray_jobs.train.state import Restorable
@@ -87,6 +88,7 @@ def assemble(
     check_precision(spec.train, device)
     check_sinks(spec)
     task = load_task(spec.config)
+    goal = Goal.of(spec.train, task.best_metric)
     data = PreparedData(spec.run.store, spec.data_fingerprint)
     processor = task.load_processor(data.processor_files)
     model = build_model(spec.config, processor, device)
@@ -105,7 +107,7 @@ def assemble(
         exchange=exchange,
         files=model_files(model, spec.config, processor),
         saver=CheckpointSaver(
-            None, spec.run, layout=spec.layout, config=spec.config, best_metric=task.best_metric
+            None, spec.run, layout=spec.layout, config=spec.config, best_metric=goal.best_metric
         ),
         resume=resume,
         sinks=partial(make_sinks, spec, extra_sinks),

@@ -38,6 +38,11 @@ class Goal:
             greater = default[1] if metric == default[0] else not metric.endswith("loss")
         return cls(metric, greater, config.early_stopping_threshold)
 
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric and its direction, as the manifests record them."""
+        return self.metric, self.greater_is_better
+
     def value(self, scores: Mapping[str, float]) -> float:
         """Return the score that counts.
 

@@ -73,8 +73,8 @@ class CheckpointSaver:
         run: What this owner may commit.
         process_group: The ranks that save together; None: all, or this process where there are none.
         layout: How the run is cut, for the manifest.
-        config: The run's file; it becomes `eagleray.json` and names the score that `best` goes by.
-        best_metric: That score and whether greater is better, where the file leaves it to the task.
+        config: The run's file; it becomes `eagleray.json`.
+        best_metric: The score that `best` goes by, and whether greater is better; None: the latest is the best.
         timeout_s: Seconds that a rank may be later than another one; at least those of the largest write.
     """
 
@@ -92,7 +92,7 @@ class CheckpointSaver:
         self._run = run if store is None else replace(run, store=store)
         self._layout = layout
         self._config = config
-        self._best_metric = _best_metric(config, best_metric)
+        self._best_metric = best_metric
         self._timeout_s = timeout_s
         self._ranks = None
         if dist.is_available() and dist.is_initialized():
@@ -333,13 +333,3 @@ def _copy_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, HostShard]:
 
 def _config_json(config: RunConfig) -> bytes:
     return canonical_json(config.model_dump(mode="json"))
-
-
-def _best_metric(config: RunConfig, of_task: tuple[str, bool] | None) -> tuple[str, bool] | None:
-    """The file's score where it names one; a direction that it leaves open follows the name, as elsewhere."""
-    name = config.train.metric_for_best_model if config.train is not None else None
-    if name is None:
-        return of_task
-    assert config.train is not None
-    greater_is_better = config.train.greater_is_better
-    return name, not name.endswith("loss") if greater_is_better is None else greater_is_better

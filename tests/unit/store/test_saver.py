@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from versions_made import NAME, commit, config, owned_run, tensors
 
 from eagleray.config.layout import Layout
-from eagleray.config.schema import RunConfig
 from eagleray.errors import StoreError
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import TensorEntry, parse_manifest
@@ -22,14 +21,9 @@ from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, dtype
 from eagleray.store.saver import CheckpointSaver, SaveResult
 
 
-def saver_of(store: ObjectStore, run_config: RunConfig | None = None, **options: object) -> CheckpointSaver:
+def saver_of(store: ObjectStore) -> CheckpointSaver:
     return CheckpointSaver(
-        store,
-        owned_run(store),
-        layout=Layout(),
-        config=run_config or config(),
-        timeout_s=20,
-        **options,  # type: ignore[arg-type]
+        store, owned_run(store), layout=Layout(), config=config(), best_metric=("bleu", True), timeout_s=20
     )
 
 
@@ -123,28 +117,6 @@ def test_the_manifest_says_what_was_saved(local_store: ObjectStore) -> None:
     assert checkpoint.config() == config()
     assert checkpoint.state() == {"step": 1}
     assert checkpoint.files() == {"config.json": b"{}"}
-
-
-@pytest.mark.parametrize(
-    "train, of_task, recorded",
-    [
-        ({"metric_for_best_model": "eval_loss"}, ("bleu", True), ("eval_loss", False)),
-        ({"metric_for_best_model": "eval_loss", "greater_is_better": True}, None, ("eval_loss", True)),
-        ({"metric_for_best_model": None}, ("chrf", True), ("chrf", True)),
-        ({"metric_for_best_model": None}, None, None),
-    ],
-)
-def test_the_file_names_the_score_of_the_best_version_or_else_the_task(
-    local_store: ObjectStore,
-    train: dict[str, object],
-    of_task: tuple[str, bool] | None,
-    recorded: tuple[str, bool] | None,
-) -> None:
-    saver = saver_of(local_store, config(train=train), best_metric=of_task)
-    save_with(saver, 1)
-    saver.wait()
-    saver.close()
-    assert Registry(local_store).open(NAME).manifest.best_metric == recorded
 
 
 def test_a_file_of_tensors_is_one_that_safetensors_reads(tmp_path: Path) -> None:

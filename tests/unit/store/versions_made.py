@@ -48,7 +48,8 @@ def owned_run(store: ObjectStore, run: int = 1, epoch: int = 1) -> RunHandle:
 def save(store: ObjectStore, step: int, *, run: int = 1, **metrics: float) -> SaveResult:
     """Save a version through one saver; its result, whatever it is."""
     handle = owned_run(store, run)
-    saver = CheckpointSaver(store, handle, layout=Layout(), config=config(), timeout_s=20)
+    best = ("bleu", True)
+    saver = CheckpointSaver(store, handle, layout=Layout(), config=config(), best_metric=best, timeout_s=20)
     saver.save(
         step=step,
         tensors=tensors(),
