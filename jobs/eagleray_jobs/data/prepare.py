@@ -76,6 +76,7 @@ def prepare(
     store: ObjectStore,
     run_pieces: RunPieces = run_in_line,
     notify: Callable[[str], None] = lambda _: None,
+    source: Source | None = None,
 ) -> PreparedData:
     """Prepare the data of a file, or find it prepared.
 
@@ -85,12 +86,13 @@ def prepare(
         store: Where the rows go.
         run_pieces: Runs the encoding.
         notify: Told what a user should see: rows, cuts, what was skipped.
+        source: What `open_source` gave for this file, where that was called before.
 
     Raises:
         DataError: A file is missing, a row cannot be used, or there is nothing to train on.
     """
     started = time.monotonic()
-    source = open_source(config.data)
+    source = source or open_source(config.data)
     reader = ExampleReader(config.data, task.columns, task.input_columns, split_shares(config.data))
     fingerprint, processor = _identify(config, task, source, reader)
     if store.exists(manifest_key(fingerprint)):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import IO, Any
 
 from eagleray.cluster import Cluster, connect
@@ -25,7 +26,8 @@ from eagleray.store.objects import ObjectStore
 from eagleray.tasks import load_task
 from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare
 from eagleray_jobs.data.ray_pieces import run_with_ray
-from eagleray_jobs.data.rows import Piece
+from eagleray_jobs.data.rows import Piece, Source
+from eagleray_jobs.data.sources import open_source
 from eagleray_jobs.train.board import Phase, open_board
 from eagleray_jobs.train.failures import merge
 from eagleray_jobs.train.launch import build_trainer, environment
@@ -104,7 +106,13 @@ class _Driver:
 
     def run(self) -> TrainReport:
         use_code(code_paths(self.config.code))
-        claim = claim_run(self.store, self.config, new_run=self.options.new_run, notify=self.view.note)
+        claim = claim_run(
+            self.store,
+            self.config,
+            new_run=self.options.new_run,
+            hash_data=lambda: self.source.content,
+            notify=self.view.note,
+        )
         if isinstance(claim, Finished):
             return self._already_finished(claim)
         with claim:
@@ -112,6 +120,11 @@ class _Driver:
             ended = Outcome.FINISHED if report.is_complete else Outcome.INTERRUPTED
             claim.finish(ended, report.as_json())
         return report
+
+    @cached_property
+    def source(self) -> Source:
+        """The data, read through once for what is in it."""
+        return open_source(self.config.data)
 
     def _train(self, claim: RunClaim) -> LoopResult:
         self._enter("start Ray")
@@ -142,7 +155,7 @@ class _Driver:
             cluster.quiet()
             return run_with_ray(encode, pieces)
 
-        prepared = prepare(self.config, task, self.store, run_pieces, self.view.note)
+        prepared = prepare(self.config, task, self.store, run_pieces, self.view.note, self.source)
         max_steps = num_steps(self.train_config, len(prepared.split("train")))
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
         return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps)

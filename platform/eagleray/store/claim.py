@@ -128,6 +128,7 @@ def claim_run(
     config: RunConfig,
     *,
     new_run: bool = False,
+    hash_data: Callable[[], str] | None = None,
     notify: Notify,
     timing: Timing = DEFAULT_TIMING,
 ) -> RunClaim | Finished:
@@ -137,6 +138,8 @@ def claim_run(
         store: The store.
         config: The file.
         new_run: Begin a new run although the name has one.
+        hash_data: Returns the SHA-256 of what is in the data, so that its files may lie elsewhere than before; not
+            called for a finished run. None: their paths are compared.
         notify: Told what the user should know: that a run goes on, that an owner is being watched.
         timing: Of beats and watches.
 
@@ -148,6 +151,11 @@ def claim_run(
     name, wanted = config.name, config.model_dump(mode="json")
     state = read_state(store, name)
     decision = decide(state, wanted, new_run=new_run)
+    record: dict[str, Any] = {"config": wanted}
+    if hash_data is not None and not isinstance(decision, AlreadyFinished):
+        record["data_sha256"] = hash_data()
+        decision = decide(state, wanted, new_run=new_run, data_sha256=record["data_sha256"])
+    record["code_sha256"] = hash_code(config.code)
     match decision:
         case Refuse():
             raise _changed(name, decision)
@@ -159,8 +167,9 @@ def claim_run(
             _create_run(store, name, run, wanted)
         case Continue(run):
             _tell(name, decision, notify)
-    epoch = _take(store, name, run, {"config": wanted}, timing, notify)
-    handle = RunHandle(store, name, run, epoch, secrets.token_hex(4), hash_code(config.code))
+            _tell_of_code(name, state, record["code_sha256"], notify)
+    epoch = _take(store, name, run, record, timing, notify)
+    handle = RunHandle(store, name, run, epoch, secrets.token_hex(4), record["code_sha256"])
     claim = RunClaim(handle, None, timing=timing, notify=notify)
     try:
         version = latest_version(store, name, run)
@@ -180,7 +189,13 @@ def read_state(store: ObjectStore, name: str) -> RunState | None:
     # An owner that died between the run's record and its own left a run that nobody took.
     record = read_record(store, epoch_key(name, run, epoch) if epoch else run_key(name, run))
     end = _end_record(store, name, run, epoch) if epoch else None
-    return RunState(run, _with_defaults(record.get("config", {})), Outcome(end["outcome"]) if end else None)
+    return RunState(
+        run,
+        _with_defaults(record.get("config", {})),
+        Outcome(end["outcome"]) if end else None,
+        record.get("data_sha256"),
+        record.get("code_sha256"),
+    )
 
 
 def _take(
@@ -253,6 +268,17 @@ def _tell(name: str, decision: Continue, notify: Notify) -> None:
     if decision.stretched is not None:
         key, old, new = decision.stretched
         notify(f"{key} was raised from {old} to {new}: the learning-rate schedule is stretched to the new length.")
+
+
+def _tell_of_code(name: str, state: RunState | None, code_sha256: str | None, notify: Notify) -> None:
+    """Say that the user's code is not what the run was trained with so far: it may change the result."""
+    before = state.code_sha256 if state is not None else None
+    if before is not None and before != code_sha256:
+        now = code_sha256[:12] if code_sha256 is not None else "nothing"
+        notify(
+            f"warning: the Python files under `code:` changed since {name} was trained last "
+            f"(content {before[:12]} -> {now}); the run goes on with the new ones."
+        )
 
 
 def _owned(name: str, run: int, owner: Owner) -> OwnerAliveError:

@@ -25,11 +25,15 @@ class RunState:
         run: Its number.
         config: The file that its last owner ran, as JSON.
         outcome: How its last owner ended; None: it did not say.
+        data_sha256: Of what is in the data that it trains on; None: not recorded.
+        code_sha256: Of the user's own code that its last owner ran; None: there was none.
     """
 
     run: int
     config: Mapping[str, Any]
     outcome: Outcome | None
+    data_sha256: str | None = None
+    code_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class Refuse:
 Decision = Start | Continue | AlreadyFinished | Refuse
 
 LENGTH_KEYS = ("train.max_steps", "train.num_train_epochs")
+FILE_KEYS = ("data.train", "data.validation", "data.test")
+"""Where files are, which differs from machine to machine: what is in them counts, wherever it is known."""
 NEUTRAL_SECTIONS = ("parallel", "resources", "serve")
 """Sections that do not change the result of a training."""
 NEUTRAL_KEYS = frozenset(
@@ -89,17 +95,24 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
-def decide(state: RunState | None, config: Mapping[str, Any], *, new_run: bool) -> Decision:
+def decide(
+    state: RunState | None, config: Mapping[str, Any], *, new_run: bool, data_sha256: str | None = None
+) -> Decision:
     """Decide what `train` does.
 
     Args:
         state: The newest run of the name; None: there is none.
         config: The file, as JSON.
         new_run: The user asked for a new run.
+        data_sha256: Of what is in the data; None: not known, and the paths of its files are compared.
     """
     if state is None or new_run:
         return Start(run=1 if state is None else state.run + 1)
     changes = _changes(state.config, config)
+    if state.data_sha256 is not None and data_sha256 is not None:
+        changes = {key: change for key, change in changes.items() if not _is_file(key)}
+        if state.data_sha256 != data_sha256:
+            changes["data"] = (f"content {state.data_sha256[:12]}", f"content {data_sha256[:12]}")
     stretched = _stretched(changes)
     if stretched is not None:
         del changes[stretched[0]]
@@ -126,6 +139,10 @@ def _stretched(changes: Mapping[str, tuple[Any, Any]]) -> tuple[str, float, floa
 
 def _is_neutral(key: str) -> bool:
     return key in NEUTRAL_KEYS or key.split(".", 1)[0] in NEUTRAL_SECTIONS
+
+
+def _is_file(key: str) -> bool:
+    return ".".join(key.split(".")[:2]) in FILE_KEYS
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

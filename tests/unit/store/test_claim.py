@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from versions_made import NAME, commit, config, save
@@ -90,6 +91,44 @@ def test_a_run_goes_on_from_its_latest_commit(local_store: ObjectStore) -> None:
     with claim(local_store) as second:
         assert (second.handle.run, second.handle.epoch) == (1, 2)
         assert second.resume is not None and second.resume.manifest.step == 5
+
+
+def claim_of_rows(store: ObjectStore, path: str, rows: str) -> RunClaim:
+    files = config(data={"train": path})
+    claimed = claim_run(store, files, hash_data=lambda: rows * 64, notify=lambda _: None, timing=FAST)
+    assert isinstance(claimed, RunClaim)
+    return claimed
+
+
+def test_a_run_goes_on_where_its_rows_lie_elsewhere_and_not_with_other_rows(local_store: ObjectStore) -> None:
+    claim_of_rows(local_store, "/here/rows.jsonl", "a").finish(Outcome.INTERRUPTED, {})
+    claim_of_rows(local_store, "/there/rows.jsonl", "a").finish(Outcome.INTERRUPTED, {})
+    with pytest.raises(RunChangedError, match="data: 'content aaaaaaaaaaaa' -> 'content bbbbbbbbbbbb'"):
+        claim_of_rows(local_store, "/there/rows.jsonl", "b")
+    assert highest_epoch(local_store, NAME, 1) == 2
+
+
+def test_a_finished_run_is_reported_also_where_its_rows_are_gone(local_store: ObjectStore) -> None:
+    claim(local_store).finish(Outcome.FINISHED, {})
+
+    def gone() -> str:
+        raise AssertionError("the rows were read")
+
+    assert isinstance(claim_run(local_store, config(), hash_data=gone, notify=lambda _: None), Finished)
+
+
+def test_changed_code_is_said_with_both_hashes(local_store: ObjectStore, tmp_path: Path) -> None:
+    said: list[str] = []
+    code = tmp_path / "code"
+    code.mkdir()
+    for text in ("WIDTH = 1", "WIDTH = 1", "WIDTH = 2"):
+        (code / "mine.py").write_text(text)
+        said.clear()
+        claimed = claim_run(local_store, config(code=[str(code)]), notify=said.append, timing=FAST)
+        assert isinstance(claimed, RunClaim)
+        claimed.finish(Outcome.INTERRUPTED, {})
+        warnings = [line for line in said if line.startswith("warning: the Python files under `code:` changed")]
+        assert len(warnings) == (text == "WIDTH = 2")
 
 
 def test_a_finished_run_is_reported(local_store: ObjectStore) -> None:

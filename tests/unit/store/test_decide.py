@@ -69,6 +69,40 @@ def test_any_other_change_is_refused_with_its_keys() -> None:
     assert refused == Refuse(2, {"model.config.d_model": (None, 8), "train.learning_rate": (5e-05, 0.5)})
 
 
+def of_files(folder: str) -> dict[str, Any]:
+    files = {
+        "train": {"source": f"{folder}/train.en", "target": f"{folder}/train.fr"},
+        "test": [f"{folder}/a.csv"],
+    }
+    return config(data=files).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
+def test_the_same_rows_may_lie_elsewhere(outcome: Outcome | None) -> None:
+    state = RunState(2, of_files("/here"), outcome, data_sha256="a" * 64)
+    decided = decide(state, of_files("/there"), new_run=False, data_sha256="a" * 64)
+    assert decided == (Continue(2) if outcome is None else AlreadyFinished(2))
+
+
+def test_other_rows_in_the_same_place_are_another_file() -> None:
+    state = RunState(2, of_files("/here"), None, data_sha256="a" * 64)
+    decided = decide(state, of_files("/here"), new_run=False, data_sha256="b" * 64)
+    assert decided == Refuse(2, {"data": ("content aaaaaaaaaaaa", "content bbbbbbbbbbbb")})
+
+
+def test_the_same_rows_cut_into_other_splits_are_another_file() -> None:
+    new = config(data={"train": "/there/rows.jsonl", "validation_split": 0.2}).model_dump(mode="json")
+    old = config(data={"train": "/here/rows.jsonl"}).model_dump(mode="json")
+    decided = decide(RunState(2, old, None, "a" * 64), new, new_run=False, data_sha256="a" * 64)
+    assert decided == Refuse(2, {"data.validation_split": (0.05, 0.2)})
+
+
+def test_files_whose_content_is_not_known_go_by_their_paths() -> None:
+    decided = decide(RunState(2, of_files("/here"), None), of_files("/there"), new_run=False, data_sha256="b" * 64)
+    assert isinstance(decided, Refuse)
+    assert list(decided.changes) == ["data.test", "data.train.source", "data.train.target"]
+
+
 @pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
 def test_a_new_run_may_be_anything(outcome: Outcome | None) -> None:
     assert decision(outcome, new_run=True, train={"learning_rate": 0.5}) == Start(3)
