@@ -165,6 +165,8 @@ def _pool(out: Output, config: RunConfig, num_workers: int | None, address: str 
 
     use_code(code_paths(config.code))
     with connect(address, code=config.code, verbose=out.verbose, notify=out.note) as cluster:
+        import ray.data  # noqa: F401  # it brings a log handler of its own
+
         cluster.quiet()
         yield ActorPool.of(config, cluster.nodes(), num_workers)
 

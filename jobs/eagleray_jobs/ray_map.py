@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from eagleray.errors import RunFailedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+MAX_DEATHS_IN_A_ROW = 3
+"""Pools that may lose an actor one after the other without a single new result in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    max_workers: int
+    num_cpus: float
+    num_gpus: float
 
 
 def map_on_actors(
@@ -20,7 +34,7 @@ def map_on_actors(
 ) -> Iterator[Result]:
     """Yield the result of each item, in order, as they come.
 
-    An actor that dies is replaced, and what it had in hand is done again: the function must be pure.
+    When an actor dies, a new pool goes on with the items that have no result yet: the function must be pure.
 
     Args:
         make: Makes the function, once in each actor: this is where a model is loaded. Picklable.
@@ -28,7 +42,28 @@ def map_on_actors(
         max_workers: Actors at most.
         num_cpus: CPUs of one actor.
         num_gpus: GPUs of one actor.
+
+    Raises:
+        RunFailedError: Actors died again and again at the same place.
     """
+    from ray.exceptions import ObjectLostError, RayActorError
+
+    pool = _Pool(max_workers, num_cpus, num_gpus)
+    num_done, num_deaths = 0, 0
+    while num_done < len(items):
+        try:
+            for result in _map_once(make, items[num_done:], pool):
+                num_done, num_deaths = num_done + 1, 0
+                yield result
+        except (RayActorError, ObjectLostError) as error:
+            num_deaths += 1
+            if num_deaths == MAX_DEATHS_IN_A_ROW:
+                raise _dying(error, num_done, len(items), pool) from error
+
+
+def _map_once(
+    make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], pool: _Pool
+) -> Iterator[Result]:
     import ray.data
     from ray.data import ActorPoolStrategy
 
@@ -36,16 +71,39 @@ def map_on_actors(
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
-    results = dataset.map_batches(
+    results = _without_restarts(
+        dataset.map_batches,
         _Mapped,
         fn_constructor_args=(make,),
         batch_size=1,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        compute=ActorPoolStrategy(min_size=1, max_size=max(1, min(max_workers, len(rows)))),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+        compute=ActorPoolStrategy(min_size=1, max_size=max(1, min(pool.max_workers, len(rows)))),
     )
     for row in results.iter_rows():
         yield pickle.loads(row["result"])
+
+
+def _without_restarts(map_batches: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call `map_batches` for actors that Ray itself does not restart.
+
+    Its restarts have no bound, and where they are allowed its core prints an error on the terminal for every
+    actor with arguments in the object store, as those of Ray Data are (ray#53727). Ray Data passes the setting on
+    only as a keyword that it calls deprecated. TODO: once Ray (2.64) takes it away, use what takes its place.
+    """
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return map_batches(*args, max_restarts=0, **options)
+
+
+def _dying(error: Exception, num_done: int, num_items: int, pool: _Pool) -> RunFailedError:
+    return RunFailedError(
+        f"{MAX_DEATHS_IN_A_ROW} workers in a row died after {num_done} of {num_items} pieces of work: {error}",
+        "A worker that runs out of memory dies like this: give it less to do, or run fewer than "
+        f"{pool.max_workers} at a time.",
+    )
 
 
 class _Mapped:

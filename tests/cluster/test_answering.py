@@ -63,6 +63,8 @@ def eagleray(cluster: RayCluster, environment: dict[str, str], *arguments: objec
     command = [sys.executable, "-m", "eagleray.cli", *map(str, arguments), "--address", cluster.address, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    own = ("predict: ", "report: ", "data: ")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(own)] == []
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
