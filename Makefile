@@ -29,6 +29,10 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(STAMP)  ## measure beside the peers, one benchmark after another; prints tables (docs/benchmarks.md)
+	$(BIN)/python benchmarks/training.py
+	if [ -e benchmarks/serving.py ]; then $(BIN)/python benchmarks/serving.py; fi
+
 wheel: $(STAMP)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 

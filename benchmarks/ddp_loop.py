@@ -1,8 +1,8 @@
 """Our training loop beside a hand-written DDP loop: same model, rows, batches, optimizer, threads and processes.
 
 Run it as `python benchmarks/ddp_loop.py`. Two gloo workers of one thread each take turns: one round of ours, one
-of theirs, and so on; the table shows medians. The peer is what one writes for `torchrun` by hand: a mean loss per
-rank (so it is not quite right with lengths that differ), no restart, no checkpoints.
+of theirs, and so on; the table shows medians. The peer is `peers/ddp.py`. Without Ray, and with both in the same
+processes, it is less noisy than `training.py`, and the place to look for what a step costs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
+from peers.ddp import train_by_hand
+from peers.inputs import build_loader
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
@@ -34,13 +33,11 @@ from eagleray.store.runs import RunHandle
 from eagleray.store.saver import SaveResult
 from eagleray.tasks import Features, Processor, Task, load_task
 from eagleray_jobs.data.cldr import translation_examples
-from eagleray_jobs.data.cursor import Cursor, slice_rows
 from eagleray_jobs.data.split import SplitShares
 from eagleray_jobs.train.exchange import Exchange
 from eagleray_jobs.train.loop import run_loop
 from eagleray_jobs.train.metrics import JsonlFile
 from eagleray_jobs.train.parts import Parts
-from eagleray_jobs.train.schedule import learning_rate
 from eagleray_jobs.train.spec import MetricRecord, WorkerSpec
 
 NUM_WORKERS = 2
@@ -92,12 +89,15 @@ class EncodedRows:
 
 @dataclass
 class Stopwatch:
-    """A `Control` that notes when each step begins."""
+    """Notes the same moment of each step; for our loop it is a `Control`."""
 
-    starts: list[float] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)
+
+    def tick(self) -> None:
+        self.moments.append(time.perf_counter())
 
     def stop_requested(self) -> bool:
-        self.starts.append(time.perf_counter())
+        self.tick()
         return False
 
     def log(self, record: MetricRecord) -> None: ...
@@ -106,7 +106,7 @@ class Stopwatch:
 
     def step_s(self) -> float:
         """Mean seconds of a step, the first ones left out."""
-        return (self.starts[-1] - self.starts[WARMUP_STEPS]) / (len(self.starts) - 1 - WARMUP_STEPS)
+        return (self.moments[-1] - self.moments[WARMUP_STEPS]) / (len(self.moments) - 1 - WARMUP_STEPS)
 
 
 class NoSaver:
@@ -147,33 +147,12 @@ def ours(config: RunConfig, task: Task, processor: Processor, rows: EncodedRows,
 
 def by_hand(config: RunConfig, task: Task, processor: Processor, rows: EncodedRows, folder: str) -> float:
     """Seconds per step of a loop as one writes it for torchrun."""
-    train = config.train
-    assert train is not None and train.max_steps is not None
-    rank, watch = dist.get_rank(), Stopwatch()
-    model = DistributedDataParallel(build_model(config, processor, "cpu"), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, weight_decay=0.0, fused=True)
-    cursor = Cursor(len(rows), train.global_batch_size, train.seed)
+    assert config.train is not None
+    watch, rank = Stopwatch(), dist.get_rank()
+    loader = build_loader(config.train, task, processor, rows, rank=rank, world=NUM_WORKERS)
     with (Path(folder) / "by_hand.txt").open("a") as log:
-        for step in range(1, train.max_steps + 1):
-            watch.stop_requested()
-            indices = slice_rows(cursor.batch(step - 1), rank, NUM_WORKERS)
-            batch = task.collate([rows[int(index)] for index in indices], processor)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, step, train.max_steps)
-            loss = _mean_loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % train.logging_steps == 0 and rank == 0:
-                print(step, loss.item(), norm.item(), file=log)
+        train_by_hand(build_model(config, processor, "cpu"), config.train, loader, log, watch.tick)
     return watch.step_s()
-
-
-def _mean_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    logits = model(**inputs, use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 
 
 def work(rank: int, rendezvous: str, rounds: int, steps: int, results: Any) -> None:
@@ -202,7 +181,7 @@ def main() -> None:
     results = mp.get_context("spawn").SimpleQueue()
     with TemporaryDirectory() as folder:
         arguments = (f"{folder}/rendezvous", options.rounds, options.steps, results)
-        mp.spawn(work, arguments, nprocs=NUM_WORKERS)  # type: ignore[no-untyped-call]
+        mp.spawn(work, arguments, nprocs=NUM_WORKERS)  # type: ignore[no-untyped-call, attr-defined]
     rounds = [results.get() for _ in range(options.rounds)]
     medians = {side: statistics.median(found[side] for found in rounds) for side in ("ours", "by_hand")}
     ratios = [found["by_hand"] / found["ours"] for found in rounds]

@@ -1,0 +1,110 @@
+"""What benchmarks compute and write; measuring itself is not a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from results_page import markdown_table, replace_section, write_section
+from training_results import (
+    OURS,
+    OURS_ALONE,
+    SAVING,
+    SIDES,
+    Plan,
+    Run,
+    logged_steps_per_s,
+    make_config,
+    report,
+)
+
+from eagleray.config.schema import RunConfig
+
+DOCUMENT = """# Title
+<!-- training:begin -->
+old
+<!-- training:end -->
+between
+<!-- serving:begin -->
+not measured yet
+<!-- serving:end -->
+end
+"""
+ROOT = Path(__file__).parents[2]
+BENCHMARKS_PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def test_a_section_is_replaced_and_nothing_else_changes() -> None:
+    assert replace_section(DOCUMENT, "training", "\nnew\nlines\n\n") == DOCUMENT.replace("old", "new\nlines")
+
+
+def test_a_section_can_be_replaced_again_and_again() -> None:
+    once = replace_section(DOCUMENT, "serving", "| 1 |")
+    assert replace_section(once, "serving", "not measured yet") == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "",
+        "<!-- training:begin -->",
+        "<!-- training:end --> <!-- training:begin -->",
+        "<!-- training:begin --> <!-- training:end --> <!-- training:end -->",
+    ],
+)
+def test_a_document_without_its_marks_is_refused(document: str) -> None:
+    with pytest.raises(ValueError, match="training:begin"):
+        replace_section(document, "training", "new")
+
+
+@pytest.mark.parametrize("name", ["training", "serving"])
+def test_the_page_has_a_section_for_every_benchmark(name: str, tmp_path: Path) -> None:
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(BENCHMARKS_PAGE.read_text())
+    write_section(copy, name, "measured on another machine")
+    assert f"<!-- {name}:begin -->\nmeasured on another machine\n" in copy.read_text()
+
+
+def test_a_table_is_markdown() -> None:
+    table = markdown_table(["what", "steps/s"], [["ours", "9.5"], ["theirs", "10.25"]])
+    assert table.splitlines() == [
+        "| what   | steps/s |",
+        "| ------ | ------: |",
+        "| ours   |     9.5 |",
+        "| theirs |   10.25 |",
+    ]
+
+
+def test_the_speed_of_a_run_is_read_from_its_records_without_the_first_steps() -> None:
+    slow, fast = {"step": 10, "examples_per_s": 1.0}, {"step": 30, "examples_per_s": 640.0}
+    faster = {"step": 50, "examples_per_s": 320.0}  # 20 steps in 2 s, then 20 in 4 s
+    assert logged_steps_per_s([slow, fast, faster], num_skipped=10, batch_size=64) == pytest.approx(40 / 6)
+
+
+def test_sides_differ_in_workers_and_saves_alone(tmp_path: Path) -> None:
+    shipped = yaml.safe_load((ROOT / "configs" / "en-fr.yaml").read_text())
+    sides = (OURS, SAVING, OURS_ALONE)
+    ours, saving, alone = (make_config(shipped, side, Plan(), "a", tmp_path) for side in sides)
+    for config in (ours, saving, alone):
+        assert RunConfig.model_validate(config).model_dump()["model"]["config"] == shipped["model"]["config"]
+    assert saving == {**ours, "train": {**ours["train"], "save_steps": 50}}
+    assert alone == {
+        **ours,
+        "train": {**ours["train"], "global_batch_size": 32},
+        "parallel": {"data_parallel_replicate_degree": 1},
+    }
+
+
+def test_ratios_are_of_one_round_each_and_costs_of_what_saves_take_away() -> None:
+    phases = dict.fromkeys(
+        ("claim", "start Ray", "prepare data", "start workers", "load model", "first step"), 1.0
+    )
+    runs = {side: [Run(speed, 10.0, phases) for speed in (5.0, 10.0, 20.0)] for side in SIDES}
+    runs[SAVING] = [Run(0.98 * speed, 10.0, phases) for speed in (5.0, 10.0, 20.0)]
+    runs[OURS_ALONE] = [Run(speed, 10.0, phases) for speed in (5.0, 12.5, 25.0)]
+    text = report(runs, Plan(), "a machine")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["every 50 steps", "9.80", "4.90 to 19.60", "2.0%", "< 3%"] in rows
+    assert ["eagleray train", "400", "640", "1.60", ">= 1.85"] in rows
+    assert ["start Python, import, read the file", "4.0", "4.0", "", ""] in rows
