@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 
 from eagleray.errors import CheckpointDamagedError, NotFoundError
@@ -36,7 +38,7 @@ class Swept:
 
 
 def sweep(store: ObjectStore, *, grace_s: float = GRACE_S, dry_run: bool = False) -> list[Swept]:
-    """Remove what torn saves and deletions left.
+    """Remove what torn saves, deletions and preparations of data left.
 
     Args:
         store: The store.
@@ -44,13 +46,15 @@ def sweep(store: ObjectStore, *, grace_s: float = GRACE_S, dry_run: bool = False
         dry_run: Only report.
 
     Returns:
-        What was removed, and why. Versions with a damaged manifest are left alone.
+        What was removed, and why. Versions and data with a damaged manifest are left alone.
     """
     swept: list[Swept] = []
     limit = datetime.now(UTC) - timedelta(seconds=grace_s)
     for name in store.children("models"):
         for version in found_versions(store, name):
             swept += _sweep_version(store, name, version, limit, dry_run)
+    for fingerprint in store.children("data"):
+        swept += _sweep_data(store, f"data/{fingerprint}", limit, dry_run)
     swept += _sweep_staging(store, limit, dry_run)
     return swept
 
@@ -98,6 +102,32 @@ def _is_owned(store: ObjectStore, name: str, version: str, limit: datetime) -> b
 def _modified(store: ObjectStore, key: str) -> datetime | None:
     folder = key.rsplit("/", 1)[0]
     return next((info.modified for info in store.list(folder) if info.key == key), None)
+
+
+def _sweep_data(store: ObjectStore, base: str, limit: datetime, dry_run: bool) -> Iterator[Swept]:
+    """Folders of preparations that died, or that were slower than another one of the same data."""
+    objects = list(store.list(base))
+    named = _named_data(store, f"{base}/manifest.json")
+    if named is None:
+        return
+    for attempt in sorted({info.key.rsplit("/", 1)[0] for info in objects} - {base, *named}):
+        files = [info for info in objects if info.key.startswith(f"{attempt}/")]
+        # A preparation writes file after file: what counts is when it was heard of last.
+        if max(info.modified for info in files) <= limit:
+            for info in files:
+                yield _remove(store, info, "no manifest of prepared data names it", dry_run)
+
+
+def _named_data(store: ObjectStore, key: str) -> set[str] | None:
+    """The folders that the manifest of prepared data names; None: it cannot be read."""
+    try:
+        manifest = json.loads(store.get(key))
+        files = [*chain(*manifest["splits"].values()), *manifest["processor"].values()]
+        return {file["key"].rsplit("/", 1)[0] for file in files}
+    except NotFoundError:
+        return set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _sweep_staging(store: ObjectStore, limit: datetime, dry_run: bool) -> Iterator[Swept]:

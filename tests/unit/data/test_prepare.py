@@ -12,6 +12,7 @@ import pytest
 from eagleray.config.schema import RunConfig
 from eagleray.errors import DataError
 from eagleray.store.objects import ObjectStore
+from eagleray.store.sweep import sweep
 from eagleray.tasks import load_task
 from eagleray_jobs.data import prepare as prepare_module
 from eagleray_jobs.data.dataset import PreparedData
@@ -241,6 +242,24 @@ def test_a_copy_that_is_not_what_was_written_is_refused(rows_path: Path, tmp_pat
     with pytest.raises(DataError, match="is damaged"):
         PreparedData(store, data.fingerprint, cache_dir=tmp_path / "cache").split("train")
     assert not list((tmp_path / "cache" / "data").glob("*.arrow*"))
+
+
+def test_the_sweep_removes_what_other_preparations_left(store: ObjectStore, rows_path: Path) -> None:
+    data = prepared(config_of(rows_path), store)
+    rows = list(data.split("train"))
+    slower = f"data/{data.fingerprint}/slower/train-00000.arrow"
+    dead, unreadable = "data/dead/attempt/train-00000.arrow", "data/unreadable/attempt/train-00000.arrow"
+    for key in (slower, dead, unreadable):
+        store.put(key, b"rows")
+    store.put("data/unreadable/manifest.json", b"{")
+    assert sweep(store) == []  # a preparation may be at work
+    swept = sweep(store, grace_s=-5)
+    assert {(item.key, item.size_bytes, item.reason) for item in swept} == {
+        (slower, 4, "no manifest of prepared data names it"),
+        (dead, 4, "no manifest of prepared data names it"),
+    }
+    assert store.exists(unreadable) and not store.exists(slower) and not store.exists(dead)
+    assert list(PreparedData(store, data.fingerprint).split("train")) == rows
 
 
 def test_the_user_code_decides_the_fingerprint(tmp_path: Path) -> None:
