@@ -121,14 +121,14 @@ def _predict(
     store: str | None,
     address: str | None,
 ) -> PredictReport:
-    from eagleray.shipping import code_paths, use_code
     from eagleray.tasks import load_task
+    from eagleray.user_code import add_code
     from eagleray_jobs.predict import predict
 
     opened = existing_store(store)
     checkpoint = _open(opened, ref, None)
     config = checkpoint.config()
-    use_code(code_paths(config.code))
+    add_code(config.code)
     with _pool(out, config, num_workers, address) as pool:
         return predict(
             config,
@@ -160,10 +160,10 @@ def _loader(store: ObjectStore, checkpoint: Checkpoint, pool: ActorPool) -> Any:
 @contextmanager
 def _pool(out: Output, config: RunConfig, num_workers: int | None, address: str | None) -> Iterator[ActorPool]:
     from eagleray.cluster import connect
-    from eagleray.shipping import code_paths, use_code
+    from eagleray.user_code import add_code
     from eagleray_jobs.pool import ActorPool
 
-    use_code(code_paths(config.code))
+    add_code(config.code)
     with connect(address, code=config.code, verbose=out.verbose, notify=out.note) as cluster:
         import ray.data  # noqa: F401  # it brings a log handler of its own
 

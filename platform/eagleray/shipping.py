@@ -8,7 +8,6 @@ verbs of the command line are found through it.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import ConfigError
+from eagleray.user_code import python_paths
 
 PACKAGES = ("eagleray", "eagleray_jobs", "eagleray_serving")
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".venv", "node_modules")
@@ -51,31 +51,6 @@ def _copy_metadata(target: Path) -> Path:
     return folder
 
 
-def code_paths(code: Sequence[str]) -> list[Path]:
-    """Return the entries of the import path that `code:` stands for.
-
-    A directory that is a package itself stands for its parent; any other directory for itself.
-
-    Raises:
-        ConfigError: An entry is not a directory.
-    """
-    return [_path_entry(Path(entry)) for entry in code]
-
-
-def _path_entry(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise ConfigError(f"code: {directory} is not a directory", "Paths under code are relative to the file.")
-    directory = directory.resolve()
-    return directory.parent if (directory / "__init__.py").exists() else directory
-
-
-def use_code(paths: Sequence[Path]) -> None:
-    """Put path entries first on this process's import path, once each."""
-    for path in reversed([str(path) for path in paths]):
-        if path not in sys.path:
-            sys.path.insert(0, path)
-
-
 def code_modules(code: Sequence[str]) -> list[Path]:
     """Return the packages and modules of the user's `code:` directories, one entry for each.
 
@@ -85,7 +60,7 @@ def code_modules(code: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for entry in code:
         directory = Path(entry).resolve()
-        if _path_entry(directory) != directory:
+        if python_paths([entry]) != [str(directory)]:
             found.append(directory)
             continue
         modules = sorted(path for path in directory.iterdir() if _is_module(path))

@@ -12,22 +12,21 @@ from typing import Any
 from eagleray.errors import ConfigError
 
 
-def python_paths(code: Iterable[str], base_dir: Path | None = None) -> list[str]:
+def python_paths(code: Iterable[str]) -> list[str]:
     """Return what has to be on `sys.path` for the directories under `code:`.
 
     A directory that is a package (it holds `__init__.py`) is imported by its own name, so its parent counts;
     any other directory holds modules and packages, so it counts itself.
 
     Args:
-        code: Directories, as they stand in the file.
-        base_dir: What relative ones are relative to; default: the working directory.
+        code: Directories; relative ones are relative to the working directory.
 
     Raises:
         ConfigError: An entry is not a directory.
     """
     paths: list[str] = []
     for entry in code:
-        directory = ((base_dir or Path.cwd()) / entry).resolve()
+        directory = Path(entry).resolve()
         if not directory.is_dir():
             raise ConfigError(
                 f"code: {entry!r} is not a directory (looked for {directory})",
@@ -39,13 +38,13 @@ def python_paths(code: Iterable[str], base_dir: Path | None = None) -> list[str]
     return paths
 
 
-def add_code(code: Iterable[str], base_dir: Path | None = None) -> None:
+def add_code(code: Iterable[str]) -> None:
     """Put the directories under `code:` in front of `sys.path` of this process, once.
 
     Raises:
         ConfigError: An entry is not a directory.
     """
-    new = [path for path in python_paths(code, base_dir) if path not in sys.path]
+    new = [path for path in python_paths(code) if path not in sys.path]
     sys.path[:0] = new
     importlib.invalidate_caches()
 

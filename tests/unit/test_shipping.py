@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from eagleray.errors import ConfigError
-from eagleray.shipping import code_modules, code_paths, unpack_wheel
+from eagleray.shipping import code_modules, unpack_wheel
+from eagleray.user_code import python_paths
 
 
 def test_an_unpacked_wheel_holds_the_packages_and_the_metadata_that_names_the_verbs(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_a_directory_of_packages_ships_each_of_them_and_is_a_path_entry_itself(t
     (tmp_path / "single.py").touch()
     (tmp_path / "notes.txt").touch()
     assert [path.name for path in code_modules([str(tmp_path)])] == ["first", "second", "single.py"]
-    assert code_paths([str(tmp_path)]) == [tmp_path]
+    assert python_paths([str(tmp_path)]) == [str(tmp_path)]
 
 
 def test_a_package_itself_ships_alone_and_its_parent_is_the_path_entry(tmp_path: Path) -> None:
@@ -36,11 +37,11 @@ def test_a_package_itself_ships_alone_and_its_parent_is_the_path_entry(tmp_path:
     (package / "__init__.py").touch()
     (tmp_path / "other.py").touch()
     assert code_modules([str(package)]) == [package]
-    assert code_paths([str(package)]) == [tmp_path]
+    assert python_paths([str(package)]) == [str(tmp_path)]
 
 
 def test_code_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere is not a directory"):
-        code_paths([str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match="nowhere' is not a directory"):
+        python_paths([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="holds no Python package"):
         code_modules([str(tmp_path)])

@@ -19,11 +19,11 @@ from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError
 from eagleray.resources import ResourceRequest
-from eagleray.shipping import code_paths, use_code
 from eagleray.store.claim import Finished, RunClaim, claim_run
 from eagleray.store.decide import Outcome
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import load_task
+from eagleray.user_code import add_code
 from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare
 from eagleray_jobs.data.ray_pieces import run_with_ray
 from eagleray_jobs.data.rows import Piece, Source
@@ -105,7 +105,7 @@ class _Driver:
         self.num_events = 0
 
     def run(self) -> TrainReport:
-        use_code(code_paths(self.config.code))
+        add_code(self.config.code)
         claim = claim_run(
             self.store,
             self.config,

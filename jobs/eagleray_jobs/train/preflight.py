@@ -10,7 +10,7 @@ from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import StoreURIError
 from eagleray.resources import ResourceRequest
-from eagleray.shipping import code_paths
+from eagleray.user_code import python_paths
 
 
 def workers_request(config: RunConfig, layout: Layout, *, use_gpu: bool) -> ResourceRequest:
@@ -34,7 +34,7 @@ def check(config: RunConfig, address: str | None) -> None:
         StoreURIError: The store is relative, and the cluster is not ours alone.
     """
     layout, is_local = layout_of(config), find_address(address) is None
-    code_paths(config.code)
+    python_paths(config.code)
     if is_local:
         check_local(workers_request(config, layout, use_gpu=config.resources.use_gpu is True))
     elif config.store is not None:

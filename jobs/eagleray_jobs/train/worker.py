@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import StoreError, WorkerError
-from eagleray.shipping import code_paths, use_code
 from eagleray.store.runs import RunHandle, stop_requested
 from eagleray.store.saver import SaveResult
 from eagleray.store.sharing import check_shared
 from eagleray.telemetry import logging_to
+from eagleray.user_code import add_code
 from eagleray_jobs.train.board import Phase, Saved
 from eagleray_jobs.train.failures import RankFailure
 from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
@@ -62,7 +62,7 @@ def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult
 
 def _use_local_code(code: Sequence[str]) -> None:
     """Import the user's packages from where they lie; on another node they came with the runtime environment."""
-    use_code(code_paths([entry for entry in code if Path(entry).is_dir()]))
+    add_code(entry for entry in code if Path(entry).is_dir())
 
 
 def _set_threads() -> None:
