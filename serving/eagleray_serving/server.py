@@ -20,6 +20,7 @@ from eagleray_serving.autoscaling import initial_replicas
 from eagleray_serving.front import Front, choose_front, joined_environment
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
+from eagleray_serving.watchdog import watched
 
 Notify = Callable[[str], None]
 READY_TIMEOUT_S = 600.0
@@ -185,6 +186,7 @@ def serve_here(
         )
         home.write(record)
         stack.callback(home.remove, record)
+        stack.enter_context(watched(folder))
         stop.install()
         with _recorded_failure(home, record, stack):
             timeout_s = max(plan.serve.request_timeout_s for plan in plans)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_cluster import RayCluster
+from ray_cluster import RayCluster, free_port
 from train_runs import LAST, CommandLine, FinishedRun, weights, write_run
 
 HEAD = """
@@ -33,12 +32,6 @@ ray.shutdown()
 """
 NUM_CPUS = 8
 START_TIMEOUT_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def cluster_environment() -> dict[str, str]:

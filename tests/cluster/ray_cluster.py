@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from dataclasses import dataclass
 
 import psutil
@@ -30,3 +31,10 @@ class RayCluster:
                 if " ".join(process.cmdline()).startswith(title):
                     found.append(process)
         return found
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ray_cluster import free_port
 from serving_models import Command, commit, echo, family, wait_gone, write_file
 
 SMALL = {"ray_actor_options": {"num_cpus": 0.25}}
@@ -47,6 +48,22 @@ def test_a_detached_server_answers_is_listed_and_stopped_without_a_trace(models:
     assert command.run("serve", "status").stdout.strip() == "no server runs"
     with pytest.raises(httpx.ConnectError):
         httpx.get(info["url"])
+
+
+def test_a_killed_server_leaves_no_process_and_its_port_to_the_next(models: Path, command: Command) -> None:
+    port = free_port()
+    for _ in range(2):
+        process = command.start("serve", str(models / "own.yaml"), "--port", str(port), "--json")
+        assert process.stdout is not None
+        info = json.loads(process.stdout.readline())
+        assert info["url"] == f"http://127.0.0.1:{port}", (command.home.parent / "stderr.log").read_text()[-3000:]
+        everything = family(process.pid)
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+        assert wait_gone(everything, 60) == []
+    # The next call of any verb clears the records and folders of the dead away.
+    assert json.loads(command.run("serve", "status", "--json").stdout) == {"servers": []}
 
 
 def refused(command: Command, *words: str) -> tuple[int, dict[str, str], float]:
