@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_INDEX) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+demo: $(STAMP)  ## train two models, serve both, check their answers over HTTP
+	$(BIN)/python benchmarks/demo.py
+
 test: $(STAMP)  ## what CI runs: one sample of every promise, under 20 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow'
 

@@ -164,11 +164,13 @@ def test_other_workers_go_on_with_the_same_examples_and_losses(
     group: Groups, tmp_path: Path, before: int, after: int
 ) -> None:
     # 10 steps of 40 rows are two epochs of 200; the cut at step 4 lies inside of the first.
-    config = make_config("text-classification", max_steps=10, save_steps=4, global_batch_size=40)
+    keys = {"max_steps": 10, "save_steps": 4, "global_batch_size": 40}
+    config = make_config("text-classification", layout=before, **keys)
     whole = group(before).run(train, Job(config, str(tmp_path / "whole")))
     first = group(before).run(train, Job(config, str(tmp_path / "cut"), abandon_at=6))
     resume = max(committed_steps(str(tmp_path / "cut")))
-    second = group(after).run(train, Job(config, str(tmp_path / "cut"), resume_step=resume))
+    other = make_config("text-classification", layout=after, **keys)
+    second = group(after).run(train, Job(other, str(tmp_path / "cut"), resume_step=resume))
     assert resume == 4
     for step in range(5, 11):
         assert second[0].losses[step] == pytest.approx(whole[0].losses[step], abs=1e-5)
