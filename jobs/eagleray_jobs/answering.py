@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
     from eagleray_jobs.pool import ActorPool
     from eagleray_jobs.predict import PredictReport
 
+CodeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--code",
+        metavar="DIR",
+        help="Your own packages that the version needs, also several times; default: where they were in training.",
+        show_default=False,
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option("--num-workers", min=1, help="Copies of the model; default: as many as there is room for."),
@@ -75,6 +85,7 @@ def predict(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest translation, in tokens.")
     ] = None,
+    code: CodeOption = None,
     num_workers: WorkersOption = None,
     store: StoreOption = None,
     address: AddressOption = None,
@@ -89,7 +100,7 @@ def predict(
     with reporting(json=json, verbose=verbose) as out:
         given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         options = {name: value for name, value in given.items() if value is not None}
-        report = _predict(out, ref, input, output, options, num_workers, store, address)
+        report = _predict(out, ref, input, output, options, code or [], num_workers, store, address)
         out.result(report.as_json(), _describe_rows(report))
 
 
@@ -117,18 +128,17 @@ def _predict(
     input_path: str,
     output_path: str,
     options: Mapping[str, Any],
+    code: Sequence[str],
     num_workers: int | None,
     store: str | None,
     address: str | None,
 ) -> PredictReport:
     from eagleray.tasks import load_task
-    from eagleray.user_code import add_code
     from eagleray_jobs.predict import predict
 
     opened = existing_store(store)
     checkpoint = _open(opened, ref, None)
-    config = checkpoint.config()
-    add_code(config.code)
+    config = find_code(checkpoint.ref, checkpoint.config(), code)
     with _pool(out, config, num_workers, address) as pool:
         return predict(
             config,
@@ -141,6 +151,41 @@ def _predict(
             options=options,
             notify=out.note,
         )
+
+
+def find_code(ref: str, config: RunConfig, code: Sequence[str]) -> RunConfig:
+    """Put the user's own code of a version on the import path.
+
+    Args:
+        ref: The version.
+        config: Its file, whose `code:` holds directories of the machine that trained it.
+        code: Directories that hold the code here; empty: those of the file that are here too.
+
+    Returns:
+        The file with the directories that are here.
+
+    Raises:
+        ConfigError: A module that the version needs cannot be imported, or there is no such directory.
+    """
+    from eagleray.errors import ConfigError
+    from eagleray.user_code import add_code, import_attribute
+
+    here = [str(Path(entry).resolve()) for entry in code or config.code if code or Path(entry).is_dir()]
+    add_code(here)
+    for key, path in (("task", config.task), ("model.factory", config.model.factory)):
+        if path is None or ":" not in path:
+            continue  # built in
+        try:
+            import_attribute(path, key)
+        except ConfigError as error:
+            package = path.partition(":")[0].partition(".")[0]
+            before = f"in {', '.join(config.code)}" if config.code else "installed"
+            raise ConfigError(
+                f"{ref} needs code of its own: {error.message}",
+                f"Name the directory that holds {package} with --code DIR; "
+                f"when {ref} was trained it was {before}.",
+            ) from error
+    return config.model_copy(update={"code": here})
 
 
 def _open(store: ObjectStore, ref: str, name: str | None) -> Checkpoint:

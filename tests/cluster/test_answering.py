@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from ray_cluster import RayCluster
+from serving_models import CODE, commit, echo
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
@@ -84,6 +85,22 @@ def test_four_workers_write_byte_for_byte_what_one_writes(
     one, four = ((tmp_path / f"out-{n}.jsonl").read_bytes() for n in (1, 4))
     assert one == four
     assert [json.loads(line)["source"] for line in one.split(b"\n") if line] == lines
+
+
+def test_a_version_with_code_of_its_own_answers_where_the_code_lies_elsewhere(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], tmp_path: Path
+) -> None:
+    in_training = tmp_path / "in-training"
+    in_training.symlink_to(CODE)
+    commit({**echo("echo"), "code": [str(in_training)]}, tmp_path / "store")
+    in_training.unlink()
+    (tmp_path / "in.jsonl").write_text('{"value": 2.5}\n')
+    report = eagleray(
+        ray_cluster, ray_environment, "predict", "echo", tmp_path / "in.jsonl", tmp_path / "out.jsonl",
+        "--store", tmp_path / "store", "--num-workers", 1, "--code", CODE,
+    )  # fmt: skip
+    assert (report["num_rows"], report["num_errors"]) == (1, 0)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["answer"]["value"] == 2.5
 
 
 def test_scores_are_the_same_with_any_number_of_workers(
