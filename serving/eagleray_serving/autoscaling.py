@@ -8,7 +8,7 @@ from eagleray.config.schema import ServeConfig
 
 # Serve's own is 30 s: a burst would be over before it is seen.
 LOOK_BACK_S = 3.0
-# How often replicas and handles say what they are doing; an environment variable of Serve, 10 s by default.
+# How often replicas and handles say what they are doing; 10 s by default.
 METRICS_INTERVAL_S = 1.0
 # Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
 MAX_CONSTRUCTOR_FAILURES = 2
@@ -38,6 +38,9 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         "upscale_delay_s": scaling.upscale_delay_s,
         "downscale_delay_s": scaling.downscale_delay_s,
         "look_back_period_s": LOOK_BACK_S,
+        # Deprecated in favour of the variables in `front`, which Ray 2.60 does not read; it compares the look-back
+        # with this, too.
+        "metrics_interval_s": METRICS_INTERVAL_S,
     }
     return {
         **options,
