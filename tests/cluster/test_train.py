@@ -6,6 +6,7 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
 from ray_cluster import RayCluster
 from train_runs import (
     LAST,
@@ -89,6 +90,39 @@ def test_interrupted_then_killed_then_started_again_ends_bitwise_the_same(
     done = command_line.run(*call)
     assert (done.status, done.value.get("outcome")) == (0, "finished"), done.stderr
     assert_bitwise_equal(weights(store, LAST), undisturbed.weights)
+
+
+def test_one_owner_at_a_time_until_sigterm_then_fewer_workers_up_to_a_step(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path
+) -> None:
+    file, store = write_run(tmp_path), tmp_path / "store"
+    call = ("train", file, "train.max_steps=400", "--address", ray_cluster.address, "--store", store)
+    with command_line.start(*call) as process:
+        await_commit(store, 4, process)
+        second = command_line.run(*call)
+        assert (second.status, second.value["error"]["code"]) == (1, "owner_alive"), second.stderr
+        assert f"run r1 of words belongs to process {process.pid} of" in second.value["error"]["message"]
+        process.send_signal(signal.SIGTERM)
+        first = finish(process)
+    assert (first.status, first.value["outcome"]) == (128 + signal.SIGTERM, "stopped"), first.stderr
+    stop_at = first.value["step"] + 3
+    fewer = ("parallel.data_parallel_replicate_degree=1", f"train.stop_at_step={stop_at}")
+    third = command_line.run(*call[:3], *fewer, *call[3:])
+    assert (third.status, third.value["outcome"]) == (0, "stopped_at_step"), third.stderr
+    assert (third.value["ref"], third.value["num_workers"]) == (f"words@r1-step-{stop_at:08d}", 1)
+    assert [record["step"] for record in metrics(store)] == list(range(1, stop_at + 1))
+
+
+@pytest.mark.slow
+def test_another_models_weights_are_what_a_run_begins_with(
+    undisturbed: FinishedRun, ray_cluster: RayCluster, command_line: CommandLine
+) -> None:
+    changes = ("name=next", f"train.init_from={LAST}", "train.learning_rate=0.0", "train.max_steps=1")
+    done = command_line.run(
+        "train", undisturbed.file, *changes, "--address", ray_cluster.address, "--store", undisturbed.store
+    )
+    assert done.status == 0, done.stderr
+    assert_bitwise_equal(weights(undisturbed.store, done.value["ref"]), undisturbed.weights)
 
 
 def test_a_rank_that_raises_ends_the_run_with_its_own_traceback_once(
