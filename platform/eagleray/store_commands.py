@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,11 +86,7 @@ def show(
             "tensors": len(manifest.tensors),
             "files": files,
         }
-        lines = [
-            f"{key:<16} {shown}" for key, shown in value.items() if key != "files" and shown not in (None, [])
-        ]
-        lines += [f"{'file':<16} {file['path']} ({file['size_bytes']} bytes)" for file in files]
-        out.result(value, "\n".join(lines))
+        out.result(value, "\n".join(_described(value)))
 
 
 def verify(
@@ -195,6 +192,33 @@ def _version_json(info: VersionInfo) -> dict[str, Any]:
         "manifest_sha256": info.manifest_sha256,
         "problem": info.problem,
     }
+
+
+def _described(value: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that tell people what `value` says: one for each fact, under its key."""
+    for key, shown in value.items():
+        for i, fact in enumerate(_facts(shown)):
+            yield f"{key if i == 0 else '':<16} {fact}"
+
+
+def _facts(shown: Any) -> list[str]:
+    match shown:
+        case None:
+            return []
+        case dict():
+            return [f"{name} {_number(entry)}" for name, entry in shown.items()]
+        case list():
+            return [_file(each) if isinstance(each, dict) else str(each) for each in shown]
+        case _:
+            return [str(shown)]
+
+
+def _number(entry: Any) -> str:
+    return f"{entry:.4g}" if isinstance(entry, float) else str(entry)
+
+
+def _file(file: Mapping[str, Any]) -> str:
+    return f"{file['path']} ({file['size_bytes']:,} bytes)"
 
 
 def _scores(info: VersionInfo) -> str:
