@@ -34,7 +34,6 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 
 bench: $(STAMP)  ## measure beside the peers, one benchmark after another; prints tables (docs/benchmarks.md)
 	$(BIN)/python benchmarks/training.py
-	if [ -e benchmarks/serving.py ]; then $(BIN)/python benchmarks/serving.py; fi
 
 wheel: $(STAMP)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
