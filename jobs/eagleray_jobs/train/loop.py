@@ -165,6 +165,8 @@ class _Loop:
             files=self.parts.files,
             state=self.state.record(progress),
             metrics=progress.current_scores or {},
+            # A run that goes on from here does not repeat these steps: their records must be there.
+            before_commit=None if self.metrics is None else self.metrics.flush,
         )
 
     def check_gradient(self, step: int, result: StepResult) -> None:

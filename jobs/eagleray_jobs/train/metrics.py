@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -43,13 +43,15 @@ class MetricSink(Protocol):
 class MetricWriter:
     """Hands records to the sinks in a thread of its own.
 
-    A sink that fails is left out from then on, with a warning: metrics never end a run.
+    A sink that fails is left out from then on, with a warning: metrics never end a run. What was written before
+    a `flush` survives whatever happens to this process after it.
     """
 
     def __init__(self, sinks: Sequence[MetricSink], *, flush_interval_s: float = FLUSH_INTERVAL_S) -> None:
         self._sinks = list(sinks)
         self._flush_interval_s = flush_interval_s
-        self._queue: SimpleQueue[MetricRecord | None] = SimpleQueue()
+        self._queue: SimpleQueue[MetricRecord | Event] = SimpleQueue()
+        self._end = Event()
         self._thread = Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
@@ -57,9 +59,18 @@ class MetricWriter:
         """Take a record; returns at once."""
         self._queue.put(record)
 
+    def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until the sinks have what was written so far; gives up with a warning."""
+        written = Event()
+        self._queue.put(written)
+        if not written.wait(timeout_s):
+            logger.warning(
+                "metrics were still being written after %.0f s; a crash would lose the last ones", timeout_s
+            )
+
     def close(self) -> None:
         """Write what is left and end the thread."""
-        self._queue.put(None)
+        self._queue.put(self._end)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             logger.warning(
@@ -67,27 +78,29 @@ class MetricWriter:
             )
 
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            records, is_open = self._take()
+        written: Event | None = None
+        while written is not self._end:
+            records, written = self._take()
             for sink in list(self._sinks):
                 self._try(sink, records)
+            if written is not None:
+                written.set()
         for sink in self._sinks:
             self._try(sink, None)
 
-    def _take(self) -> tuple[list[MetricRecord], bool]:
-        """Wait for a record, then gather what comes within the flush interval."""
+    def _take(self) -> tuple[list[MetricRecord], Event | None]:
+        """Wait for a record, gather what comes within the flush interval, and say who waits for it."""
         records: list[MetricRecord] = []
         deadline: float | None = None
         while True:
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                record = self._queue.get(timeout=timeout)
+                entry = self._queue.get(timeout=timeout)
             except Empty:
-                return records, True
-            if record is None:
-                return records, False
-            records.append(record)
+                return records, None
+            if isinstance(entry, Event):
+                return records, entry
+            records.append(entry)
             deadline = deadline or time.monotonic() + self._flush_interval_s
 
     def _try(self, sink: MetricSink, records: Sequence[MetricRecord] | None) -> None:
@@ -120,6 +133,7 @@ class JsonlFile:
     def write(self, records: Sequence[MetricRecord]) -> None:
         """Append the records in one write."""
         self._file.write(_encode(records))
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -31,6 +31,7 @@ class Saver(Protocol):
         files: Mapping[str, bytes],
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Copy the tensors and begin to write; waits first for the save in flight. Collective.
 
@@ -92,11 +93,14 @@ class Saves:
         files: Mapping[str, bytes],
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Begin a save; one that is in flight is waited for and settled first."""
         self._collect(self._saver.wait())
         self.settle(any_in_flight=False)
-        self._saver.save(step=step, tensors=tensors, files=files, state=state, metrics=metrics)
+        self._saver.save(
+            step=step, tensors=tensors, files=files, state=state, metrics=metrics, before_commit=before_commit
+        )
         self._num_started += 1
 
     def settle(self, *, any_in_flight: bool) -> None:

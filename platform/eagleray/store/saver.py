@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -114,6 +114,7 @@ class CheckpointSaver:
         files: Mapping[str, bytes],
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Save a version. Collective; waits for the save in flight, copies to the host, writes in the background.
 
@@ -123,6 +124,8 @@ class CheckpointSaver:
             files: What goes beside the tensors, by file name; the first rank's are used.
             state: `state.json`.
             metrics: Scores at this step.
+            before_commit: Called on the first rank in the background, when everything but the commit is written:
+                what must not be lost once the run can go on from here. What it raises fails the save.
 
         Raises:
             FencedError: The run was taken over.
@@ -142,6 +145,7 @@ class CheckpointSaver:
                 "metrics": {key: float(value) if isfinite(value) else None for key, value in metrics.items()},
                 "best_metric": self._best_metric,
             },
+            before_commit=before_commit,
         )
 
     def poll(self) -> list[SaveResult]:
@@ -206,6 +210,7 @@ class _SaveJob:
         shards: Mapping[str, HostShard],
         files: Mapping[str, bytes],
         manifest: Mapping[str, Any],
+        before_commit: Callable[[], None] | None,
     ) -> None:
         # A store that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"save-{step}", daemon=True)
@@ -216,6 +221,7 @@ class _SaveJob:
         self._shards = shards
         self._files = files
         self._manifest = manifest
+        self._before_commit = before_commit
         self._start_s = time.monotonic()
         self._end_s: float | None = None
         self._size_bytes = 0
@@ -299,6 +305,8 @@ class _SaveJob:
         problem = coverage_problem(manifest)
         if problem is not None:
             raise StoreError(f"the ranks did not save every tensor once: {problem}")
+        if self._before_commit is not None:
+            self._before_commit()
         check_fence(self._run)
         key = manifest_key(self._run.name, manifest.version)
         try:

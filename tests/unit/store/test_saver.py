@@ -14,7 +14,7 @@ from versions_made import NAME, commit, config, owned_run, tensors
 from eagleray.config.layout import Layout
 from eagleray.errors import StoreError
 from eagleray.store.checkpoint import Checkpoint
-from eagleray.store.manifest import TensorEntry, parse_manifest
+from eagleray.store.manifest import TensorEntry, manifest_key, parse_manifest
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry
 from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, dtype_name
@@ -91,6 +91,31 @@ def test_failures_are_values_until_the_third_in_a_row(tmp_path: Path) -> None:
         save_with(saver, step)
     with pytest.raises(StoreError, match=r"3 saves in a row failed \(steps 4, 5, 6\); the last one: refused"):
         save_with(saver, 7)
+    saver.close()
+
+
+def test_what_must_not_be_lost_is_written_before_the_commit(local_store: ObjectStore) -> None:
+    saver = saver_of(local_store)
+    committed: list[bool] = []
+
+    def flush() -> None:
+        committed.append(local_store.exists(manifest_key(NAME, "r1-step-00000001")))
+
+    saver.save(step=1, tensors=tensors(), files={}, state={"step": 1}, metrics={}, before_commit=flush)
+    (result,) = saver.wait()
+    assert committed == [False] and result.ref is not None
+    saver.close()
+
+
+def test_a_failure_before_the_commit_fails_the_save(local_store: ObjectStore) -> None:
+    saver = saver_of(local_store)
+
+    def fail() -> None:
+        raise OSError("no space left")
+
+    saver.save(step=1, tensors=tensors(), files={}, state={"step": 1}, metrics={}, before_commit=fail)
+    (result,) = saver.wait()
+    assert result.ref is None and "no space left" in (result.error or "")
     saver.close()
 
 

@@ -136,6 +136,33 @@ def test_records_are_written_in_another_thread_and_all_of_them_at_the_end() -> N
     assert sink.thread is not threading.current_thread()
 
 
+def test_a_flush_returns_when_the_sinks_have_everything() -> None:
+    sink = Memory()
+    writer = MetricWriter([sink], flush_interval_s=60)
+    for step in range(1, 4):
+        writer.write(record(step))
+    writer.flush()
+    assert [entry.step for entry in sink.records] == [1, 2, 3]
+    assert not sink.is_closed
+    writer.close()
+
+
+def test_a_flush_of_a_sink_that_hangs_is_given_up_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Event()
+
+    class Hanging(Memory):
+        def write(self, records: Sequence[MetricRecord]) -> None:
+            gate.wait(20)
+
+    writer = MetricWriter([Hanging()])
+    writer.write(record(1))
+    with caplog.at_level(logging.WARNING):
+        writer.flush(timeout_s=0.01)
+    assert "a crash would lose the last ones" in caplog.text
+    gate.set()
+    writer.close()
+
+
 def test_a_record_is_written_while_the_run_goes_on() -> None:
     written = threading.Event()
 
