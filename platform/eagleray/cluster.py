@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import EaglerayError, ResourceError, UsageError
+from eagleray.local_ray import start_local_ray
 from eagleray.resources import ResourceRequest, Shortage, count_cpus, count_gpus, find_shortage
 from eagleray.shipping import runtime_env
 from eagleray.telemetry import RayLog
@@ -238,12 +239,10 @@ def connect(
 def _init(target: str | None, code: Sequence[str], verbose: bool, dashboard: bool, log: RayLog | None) -> None:
     import ray
 
-    # Ray warns about a change of its own that does not concern us.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": verbose, "namespace": NAMESPACE}
     try:
         if target is None:
-            ray.init(address="local", num_cpus=count_cpus(), include_dashboard=dashboard, **quiet)
+            start_local_ray(ray.init, num_cpus=count_cpus(), include_dashboard=dashboard, **quiet)
         else:
             with tempfile.TemporaryDirectory(prefix="eagleray-ship-") as staging:
                 ray.init(address=target, runtime_env=_environment(Path(staging), code), **quiet)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eagleray.cluster import NAMESPACE
 from eagleray.errors import EaglerayError, ServingError
+from eagleray.local_ray import start_local_ray
 from eagleray.resources import count_cpus
 from eagleray.telemetry import RayLog
 from eagleray_serving.front import Front, environment
@@ -77,7 +78,6 @@ def _own_environment(folder: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ray's agents wish to report the death of their node to a GCS that died with it, for a minute by default.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
@@ -90,8 +90,8 @@ def _start(folder: Path, log: RayLog | None) -> None:
         log.divert()
     verbose = log is None
     try:
-        ray.init(
-            address="local",
+        start_local_ray(
+            ray.init,
             num_cpus=count_cpus(),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

@@ -42,6 +42,7 @@ def cluster_environment() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "RAY_worker_niceness": "0",
     }
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from eagleray.config.schema import RunConfig
 from eagleray.errors import AlreadyExistsError, DataError
+from eagleray.store.code import hash_code
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import load_task
 from eagleray.tasks.base import Encoded, Example, Processor, Task
@@ -116,7 +116,7 @@ def _identify(
         "content": source.content,
         "data": {key: data[key] for key in DATA_KEYS},
         "task": config.task,
-        "code": [_hash_code(Path(folder)) for folder in config.code],
+        "code": hash_code(config.code),  # a task of the user's may encode rows in another way tomorrow
         "tokenizer": model.tokenizer.model_dump(mode="json"),
         "family": [model.family, model.config],
         "factory": model.factory,
@@ -258,11 +258,3 @@ class PieceEncoder:
 def _put(store: ObjectStore, key: str, data: bytes, num_rows: int = 0) -> PreparedFile:
     store.put(key, data, create=True)
     return PreparedFile(key, len(data), sha256(data).hexdigest(), num_rows)
-
-
-def _hash_code(folder: Path) -> str:
-    """Return the hash of a package of the user's: its task may encode rows in another way tomorrow."""
-    digest = sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()

@@ -40,7 +40,7 @@ from eagleray_jobs.train.stopping import StopAtOnce, StopSignal, stop_signals
 from eagleray_jobs.train.view import Snapshot, View, open_view
 from eagleray_jobs.train.worker import train_on_worker
 
-POLL_S = 0.25
+POLL_S = 1.0
 BOARD_TIMEOUT_S = 30.0
 
 

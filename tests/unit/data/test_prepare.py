@@ -14,7 +14,6 @@ from eagleray.errors import DataError
 from eagleray.store.objects import ObjectStore
 from eagleray.store.sweep import sweep
 from eagleray.tasks import load_task
-from eagleray_jobs.data import prepare as prepare_module
 from eagleray_jobs.data.dataset import PreparedData
 from eagleray_jobs.data.manifest import manifest_key
 from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare, run_in_line
@@ -262,11 +261,15 @@ def test_the_sweep_removes_what_other_preparations_left(store: ObjectStore, rows
     assert list(PreparedData(store, data.fingerprint).split("train")) == rows
 
 
-def test_the_user_code_decides_the_fingerprint(tmp_path: Path) -> None:
-    (tmp_path / "task.py").write_text("a = 1")
-    first = prepare_module._hash_code(tmp_path)
-    (tmp_path / "task.py").write_text("a = 2")
-    assert prepare_module._hash_code(tmp_path) != first
+def test_the_user_code_decides_the_fingerprint(store: ObjectStore, rows_path: Path, tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    config = config_of(rows_path).model_copy(update={"code": (str(code),)})
+    fingerprints = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        (code / "words.py").write_text(text)
+        fingerprints.append(prepared(config, store).fingerprint)
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
 
 def test_a_row_outside_of_the_split_is_an_index_error(store: ObjectStore, rows_path: Path) -> None:
