@@ -140,14 +140,9 @@ def build(family: str, **changes: Any) -> nn.Module:
         return transformers.ViTForImageClassification(transformers.ViTConfig(**keys | changes))
 
 
-def fill_from_seed(device: str = "cpu", seed: int = SEED) -> Fill:
-    """Return what gives modules their initial weights."""
-    return partial(_fill, device=device, seed=seed)
-
-
-def _fill(model: nn.Module, modules: set[str], *, device: str, seed: int) -> None:
-    materialize(model, device, modules=modules)
-    initialize(model, seed, modules=modules)
+def fill_from_seed(seed: int = SEED) -> Fill:
+    """Return what gives a model its initial weights."""
+    return partial(initialize, seed=seed)
 
 
 def build_whole(family: str, **changes: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import EaglerayError, StoreError
-from eagleray.models import build_model, model_files
+from eagleray.models import build_model, build_unfilled, model_files, stored_tensors
 from eagleray.parallel import apply_layout, build_mesh, data_coordinate
 from eagleray.parallel.gradients import whole
 from eagleray.store.checkpoint import Checkpoint
@@ -283,7 +283,8 @@ class TestControl:
 
 
 @lru_cache(maxsize=4)
-def _processor(task_name: str) -> Processor:
+def processor_of(task_name: str) -> Processor:
+    """Return the processor of the tests' sentences."""
     task = load_task(make_config(task_name))
     return task.build_processor(examples_of(task_name, 200))
 
@@ -296,7 +297,7 @@ def train(job: Job) -> Outcome:
     handle = RunHandle(store, "tiny", 1, 1, f"start{job.resume_step or 0}")
     if not store.exists("runs/tiny/r1/epochs/00000001.json") and dist.get_rank() == 0:
         store.put("runs/tiny/r1/epochs/00000001.json", b"{}")
-    processor = _processor(job.config.task)
+    processor = processor_of(job.config.task)
     inner = load_task(job.config)
     task = Recording(inner, job)
     task.step = job.resume_step or 0
@@ -317,13 +318,21 @@ def train(job: Job) -> Outcome:
         result,
         {record.step: record.loss for record in control.records},
         control.records,
-        {name: whole(tensor) for name, tensor in parts.model.state_dict().items()},
+        weights_at_the_end(parts, job),
         task.seen,
         control.saves,
         task.num_forwards,
         len(prunes),
         raised,
     )
+
+
+def weights_at_the_end(parts: Parts, job: Job) -> dict[str, Tensor]:
+    """Return the whole weights; those of a pipeline from what it committed last."""
+    if job.config.parallel.pipeline_parallel_degree == 1:
+        return {name: whole(tensor) for name, tensor in stored_tensors(parts.model).items()}
+    step = max(committed_steps(job.folder))
+    return Checkpoint.open(ObjectStore.open(job.folder), "tiny", version_name(1, step)).tensors()
 
 
 def layout_of(job: Job) -> Layout:
@@ -335,7 +344,7 @@ def _parts(
     job: Job, task: Recording, processor: Processor, store: ObjectStore, saver: CheckpointSaver
 ) -> tuple[Parts, list[int]]:
     device = torch.device("cpu")
-    model = build_model(job.config, processor, device)
+    model, fill = build_unfilled(job.config, processor)
     if job.unused_parameter:
         model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
     examples = examples_of(job.config.task, job.num_examples + job.num_validation)
@@ -360,6 +369,7 @@ def _parts(
         exchange=Exchange(20.0),
         files=model_files(model, job.config, processor),
         saver=saver,
+        fill=fill,
         resume=resume,
         sinks=sinks,
         prune=lambda: prunes.append(task.step),
@@ -393,7 +403,7 @@ def first_gradients(config: RunConfig) -> Gradients:
 
 def evaluate_once(config: RunConfig, count: int) -> dict[str, float]:
     """Score a fresh model with the task's own answers and scores."""
-    processor = _processor(config.task)
+    processor = processor_of(config.task)
     task = load_task(config)
     exchange = Exchange(20.0)
     evaluator = Evaluator(
@@ -413,7 +423,7 @@ def evaluate_once(config: RunConfig, count: int) -> dict[str, float]:
 def _step(config: RunConfig) -> tuple[Parts, TrainStep]:
     assert config.train is not None
     task, layout, device = load_task(config), Layout(replicate=dist.get_world_size()), torch.device("cpu")
-    processor, mesh = _processor(config.task), build_mesh(layout, "cpu", timeout_s=20)
+    processor, mesh = processor_of(config.task), build_mesh(layout, "cpu", timeout_s=20)
     model = build_model(config, processor, device)
     rows = MemoryRows(task, processor, examples_of(config.task, 200))
     exchange = Exchange(20.0)

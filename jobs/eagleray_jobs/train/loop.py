@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import ConfigError, NonFiniteLossError
-from eagleray.models.initialize import fill_from, skeleton_of
+from eagleray.models.initialize import skeleton_of
 from eagleray.models.plans import parallel_plan
+from eagleray.models.sources import ModelInMemory, fill_from
 from eagleray.parallel import (
     DataCoordinate,
     ParallelOptions,
@@ -73,7 +74,9 @@ class _Loop:
         self.state = TrainState(module, optimizer, self.step.scaler)
         self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
         self.goal = Goal.of(config, parts.task.best_metric)
-        self.evaluator = _build_evaluator(config, parts, coordinate, self.exchange)
+        # In a pipeline every rank has the whole model while it is evaluated, and answers rows of its own.
+        answers = coordinate if self.pipeline is None else _every_rank(self.exchange)
+        self.evaluator = _build_evaluator(config, parts, answers, self.exchange)
         self.is_first = self.exchange.rank == 0
         last_ref = parts.resume.ref if parts.resume is not None else None
         self.saves = Saves(parts.saver, control, last_ref, parts.prune if self.is_first else None)
@@ -131,14 +134,14 @@ class _Loop:
 
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
-        if self.pipeline is not None:
-            self.pipeline.copy_into(self.parts.model)
-        with (
-            self.throughput.paused(),
-            gathered(self.parts.model, reshard_after_forward=self.reshard_after_forward),
-        ):
-            scores = self.evaluator.run(self.parts.model, progress.step)
+        with self.throughput.paused(), self.whole_model() as model:
+            scores = self.evaluator.run(model, progress.step)
         return progress.after_evaluation(scores, self.goal)
+
+    def whole_model(self) -> AbstractContextManager[nn.Module]:
+        if self.pipeline is not None:
+            return self.pipeline.gathered()
+        return gathered(self.parts.model, reshard_after_forward=self.reshard_after_forward)
 
     def log(self, batch: StepBatch, rate: float, result: StepResult, progress: Progress) -> None:
         if self.metrics is None:
@@ -189,22 +192,21 @@ class _Loop:
 
 
 def _cut(spec: WorkerSpec, parts: Parts) -> nn.Module:
-    """Apply the layout; a pipeline's stages are new, and the whole model stays behind for evaluation."""
-    plan, options = parallel_plan(parts.model), ParallelOptions.of(spec.config)
+    """Apply the layout; a pipeline's stages are new."""
+    model, plan, options = parts.model, parallel_plan(parts.model), ParallelOptions.of(spec.config)
+    mesh, device, fill = parts.mesh, parts.device, parts.fill
     if spec.layout.pipeline == 1:
-        return apply_layout(parts.model, spec.layout, parts.mesh, parts.device, plan=plan, options=options)
+        return apply_layout(model, spec.layout, mesh, device, plan=plan, options=options, fill=fill)
     if spec.train.torch_compile:
         raise ConfigError("train.torch_compile does not work with parallel.pipeline_parallel_degree above 1")
-    return apply_pipeline(
-        skeleton_of(parts.model),
-        spec.layout,
-        parts.mesh,
-        parts.device,
-        plan=plan,
-        options=options,
-        loss=parts.task.loss,
-        fill=partial(fill_from, parts.model),
-    )
+    if fill is None:
+        model, fill = skeleton_of(model), partial(fill_from, ModelInMemory(model))
+    loss = parts.task.loss
+    return apply_pipeline(model, spec.layout, mesh, device, plan=plan, options=options, loss=loss, fill=fill)
+
+
+def _every_rank(exchange: Exchange) -> DataCoordinate:
+    return DataCoordinate(rank=exchange.rank, world=exchange.world_size)
 
 
 def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate, *, whole: bool) -> Batches:

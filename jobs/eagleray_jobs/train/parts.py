@@ -12,9 +12,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.errors import ConfigError
-from eagleray.models import build_model, load_weights, model_files
-from eagleray.parallel import ParallelOptions, build_mesh, check_supported
+from eagleray.models import (
+    Unfilled,
+    build_unfilled,
+    check_fit,
+    initialize,
+    load_weights,
+    model_files,
+    stored_tensors,
+)
+from eagleray.parallel import Fill, ParallelOptions, build_mesh, check_supported
 from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.manifest import MODEL_PREFIX
 from eagleray.store.registry import Registry
 from eagleray.store.runs import RunHandle, run_dir
 from eagleray.store.saver import CheckpointSaver
@@ -39,7 +48,7 @@ class Parts:
     """What the loop works on; `assemble` makes it from the store, a test from fakes. The loop closes it.
 
     Attributes:
-        model: The model on `device`, with its initial weights.
+        model: The model: on `meta` with `fill`, or on `device` with its initial weights.
         task: Loss, answers, scores.
         processor: Of the task.
         train: The training split.
@@ -49,6 +58,7 @@ class Parts:
         exchange: What the ranks tell each other through.
         files: What a checkpoint holds besides tensors and state, so that it can be opened.
         saver: Commits checkpoints.
+        fill: What gives a model on `meta`, or this rank's part of it, its initial weights.
         resume: The version to go on from.
         sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
         prune: Applies `train.save_total_limit`, on rank 0.
@@ -64,6 +74,7 @@ class Parts:
     exchange: Exchange
     files: dict[str, bytes]
     saver: Saver
+    fill: Fill | None = None
     resume: Restorable | None = None
     sinks: Sinks = lambda step: ()
     prune: Callable[[], object] | None = None
@@ -91,11 +102,9 @@ def assemble(
     goal = Goal.of(spec.train, task.best_metric)
     data = PreparedData(spec.run.store, spec.data_fingerprint)
     processor = task.load_processor(data.processor_files)
-    model = build_model(spec.config, processor, device)
     exchange = Exchange(spec.train.ddp_timeout)
     resume = find_resume(spec.run, exchange)
-    if resume is None and spec.train.init_from is not None:
-        start_from(model, spec.train.init_from, spec.run, exchange)
+    model, fill = _build(spec, processor, device, resume, exchange)
     return Parts(
         model=model,
         task=task,
@@ -106,6 +115,7 @@ def assemble(
         mesh=build_mesh(spec.layout, device.type, timeout_s=spec.train.ddp_timeout),
         exchange=exchange,
         files=model_files(model, spec.config, processor),
+        fill=fill,
         saver=CheckpointSaver(
             None, spec.run, layout=spec.layout, config=spec.config, best_metric=goal.best_metric
         ),
@@ -115,6 +125,23 @@ def assemble(
     )
 
 
+def _build(
+    spec: WorkerSpec, processor: Processor, device: torch.device, resume: Checkpoint | None, exchange: Exchange
+) -> Unfilled:
+    """Build the model; its weights come with `resume`, from the version that the run starts from, or are new."""
+    model, fill = build_unfilled(spec.config, processor)
+    start = None
+    if resume is None and spec.train.init_from is not None:
+        start = find_start(spec.train.init_from, spec.run, exchange)
+    if fill is None:
+        if start is not None:
+            load_weights(model, start.tensors())
+        return model.to(device), None
+    if resume is not None:
+        return model, partial(initialize, seed=None)  # what no checkpoint holds
+    return model, fill if start is None else start_from(model, start, exchange)
+
+
 def find_resume(run: RunHandle, exchange: Exchange) -> Checkpoint | None:
     """Open the newest version that the run has committed, the same on every rank; None: the run begins."""
     found = latest_version(run.store, run.name, run.run) if exchange.rank == 0 else None
@@ -122,16 +149,32 @@ def find_resume(run: RunHandle, exchange: Exchange) -> Checkpoint | None:
     return None if version is None else Checkpoint.open(run.store, run.name, version)
 
 
-def start_from(model: nn.Module, ref: str, run: RunHandle, exchange: Exchange) -> None:
-    """Load the weights of another version (`train.init_from`), the same on every rank.
+def find_start(ref: str, run: RunHandle, exchange: Exchange) -> Checkpoint:
+    """Open the version whose weights the run starts from (`train.init_from`), the same on every rank.
 
     Raises:
         NotFoundError: There is no such version.
-        CheckpointDamagedError: It is damaged, or its weights do not fit the model.
     """
     registry = Registry(run.store)
     full_ref: str = exchange.broadcast(registry.resolve(ref) if exchange.rank == 0 else None)
-    load_weights(model, registry.open(full_ref).tensors())
+    return registry.open(full_ref)
+
+
+def start_from(model: nn.Module, start: Checkpoint, exchange: Exchange) -> Fill:
+    """Return what gives a model on `meta`, or a stage of it, the weights of a version; each rank reads its part.
+
+    Raises:
+        CheckpointDamagedError: The weights of the version do not fit the model.
+    """
+    tensors = [tensor for tensor in start.manifest.tensors if tensor.name.startswith(MODEL_PREFIX)]
+    check_fit(model, {tensor.name.removeprefix(MODEL_PREFIX): tensor.shape for tensor in tensors})
+
+    def fill(part: nn.Module) -> None:
+        initialize(part, None)
+        own = stored_tensors(part)
+        start.load_into({f"{MODEL_PREFIX}{name}": tensor for name, tensor in own.items()}, exchange.group)
+
+    return fill
 
 
 def make_sinks(spec: WorkerSpec, extra: Callable[[], Sequence[MetricSink]], step: int) -> list[MetricSink]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eagleray.errors import CheckpointDamagedError
+from eagleray.models import stored_tensors
 from eagleray_jobs.train.optimizer import create_state
 from eagleray_jobs.train.progress import Progress
 
@@ -82,10 +83,7 @@ class TrainState:
         return progress
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        # `named_*` gives a tied tensor once; `state_dict` leaves non-persistent buffers out.
-        stored = self._module.state_dict().keys()
-        named = [*self._module.named_parameters(), *self._module.named_buffers()]
-        return {f"model.{name}": tensor.detach() for name, tensor in named if name in stored}
+        return {f"model.{name}": tensor for name, tensor in stored_tensors(self._module).items()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {

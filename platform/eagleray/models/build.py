@@ -6,6 +6,8 @@ import fnmatch
 import inspect
 import json
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from eagleray.config.families import parse_family
 from eagleray.config.schema import ModelConfig, RunConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError
 from eagleray.hub import locate_pretrained, without_progress_bars
-from eagleray.models.initialize import initialize, materialize
+from eagleray.models.initialize import initialize
+from eagleray.models.pretrained import find_weights
+from eagleray.models.sources import TensorSource, fill_from
+from eagleray.parallel.local import Fill, materialize
 from eagleray.tasks import Processor, task_class
 from eagleray.tasks.base import Head
 from eagleray.tasks.tokenizer import as_directory, save_to_files
@@ -29,28 +34,46 @@ _AUTO_CLASSES: dict[Head, str] = {
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
 
-def build_model(config: RunConfig, processor: Processor, device: torch.device | str) -> nn.Module:
-    """Build the model that a run starts from, in training mode, float32, frozen where the file says so.
+Unfilled = tuple[nn.Module, Fill | None]
+"""A model on `meta`, and what gives it its weights; or one with its weights, and None."""
 
-    Weights that are not pretrained depend on (`train.seed`, parameter name) alone. A factory's module keeps the
-    weights that it was built with; torch's random numbers are seeded before.
+
+def build_unfilled(config: RunConfig, processor: Processor) -> Unfilled:
+    """Build the model that a run starts from without memory for it, so that a layout can cut it first.
+
+    It is in training mode, float32, frozen where the file says so. Weights that are not pretrained depend on
+    (`train.seed`, parameter name) alone; of pretrained ones each rank reads its part. Two kinds of models come
+    with all of their weights in memory: what a factory does not build on `meta`, and checkpoints that
+    transformers computes other weights from. A factory's module keeps the weights that it was built with;
+    torch's random numbers are seeded before.
 
     Raises:
         ConfigError: The file does not fit the model.
     """
     seed = config.train.seed if config.train else 0
+    fill: Fill | None
     if config.model.factory is not None:
         model = _call_factory(config.model, processor, seed)
+        fill = partial(initialize, seed=seed) if _is_on_meta(model) else None
     elif config.model.pretrained is not None:
-        model, new = open_pretrained(config, processor)
-        if new:
-            initialize(model, seed, only=new)
+        model, fill = _pretrained(config, processor, seed)
     else:
-        model = _build_family(config, processor)
-        materialize(model, device)
-        initialize(model, seed)
+        model, fill = _build_family(config, processor), partial(initialize, seed=seed)
     freeze(model, config.model.freeze)
-    return model.to(device).train()
+    return model.train(), fill
+
+
+def build_model(config: RunConfig, processor: Processor, device: torch.device | str) -> nn.Module:
+    """Build the model that a run starts from, whole, with its weights; see `build_unfilled`.
+
+    Raises:
+        ConfigError: The file does not fit the model.
+    """
+    model, fill = build_unfilled(config, processor)
+    materialize(model, device)
+    if fill is not None:
+        fill(model)
+    return model
 
 
 def model_files(model: nn.Module, config: RunConfig, processor: Processor) -> dict[str, bytes]:
@@ -81,7 +104,11 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
         CheckpointDamagedError: `config.json` is missing.
     """
     if config.model.factory is not None:
-        return _call_factory(config.model, task_class(config.task)(config).load_processor(files), 0)
+        model = _call_factory(config.model, task_class(config.task)(config).load_processor(files), 0)
+        if _is_on_meta(model):
+            materialize(model, "cpu")
+            initialize(model, None)
+        return model
     if CONFIG_FILE not in files:
         raise CheckpointDamagedError(f"the checkpoint of {config.name} holds no {CONFIG_FILE}")
     import transformers
@@ -89,11 +116,7 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
     names = (CONFIG_FILE, GENERATION_FILE)
     with as_directory({name: files[name] for name in names if name in files}) as directory:
         hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        hf_config.name_or_path = ""  # a temporary directory, which must not travel on
-        with torch.device("meta"):
-            model = _auto_class(config).from_config(hf_config, trust_remote_code=False, dtype=torch.float32)
-        if GENERATION_FILE in files:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        model = _from_config(config, hf_config, Path(directory))
     materialize(model, "cpu")
     initialize(model, None)
     return model  # type: ignore[no-any-return]
@@ -105,23 +128,38 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
     """
-    # state_dict names a shared parameter several times, named_parameters once: as the checkpoint does.
-    state = model.state_dict(keep_vars=True)
-    buffers = {name for name, _ in model.named_buffers()}
-    expected = {name for name, _ in model.named_parameters()} | (buffers & state.keys())
-    if expected != tensors.keys():
-        missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    with torch.no_grad():
+        for name, tensor in stored_tensors(model).items():
+            tensor.copy_(tensors[name])
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights that are not those of a model, by their names and shapes.
+
+    Raises:
+        CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
+    """
+    own = stored_tensors(model)
+    if own.keys() != shapes.keys():
+        missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
         raise CheckpointDamagedError(
             f"the weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}"
         )
-    with torch.no_grad():
-        for name in expected:
-            if state[name].shape != tensors[name].shape:
-                raise CheckpointDamagedError(
-                    f"the weights do not fit the model: {name} is {tuple(tensors[name].shape)} in the checkpoint "
-                    f"and {tuple(state[name].shape)} in the model"
-                )
-            state[name].copy_(tensors[name])
+    for name, tensor in own.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointDamagedError(
+                f"the weights do not fit the model: {name} is {shapes[name]} in the checkpoint "
+                f"and {tuple(tensor.shape)} in the model"
+            )
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a model: parameters and persistent buffers, a tied one once."""
+    # state_dict names a shared parameter several times, named_parameters once: as the checkpoint does.
+    stored = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in stored}
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
@@ -217,7 +255,7 @@ def _auto_class(config: RunConfig) -> Any:
 
 
 def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module, set[str]]:
-    """Open the checkpoint of `model.pretrained`, float32.
+    """Open the checkpoint of `model.pretrained` whole, float32.
 
     Returns:
         The model, and the parameters that the checkpoint does not hold: the head, where its classes are others.
@@ -225,9 +263,44 @@ def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module,
     Raises:
         ConfigError: It cannot be opened safely, or `model.config` names a key that it does not have.
     """
+    directory = locate_pretrained(config.model)
+    with without_progress_bars():
+        model, info = _auto_class(config).from_pretrained(
+            directory,
+            config=_pretrained_config(config, processor, directory),
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=bool(processor.labels),
+            output_loading_info=True,
+        )
+    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    model.config.name_or_path = ""  # a directory of this machine, which must not travel in a checkpoint
+    return model, new
+
+
+def _pretrained(config: RunConfig, processor: Processor, seed: int) -> Unfilled:
+    directory = locate_pretrained(config.model)
+    hf_config = _pretrained_config(config, processor, directory)
+    model = _from_config(config, hf_config, directory)
+    weights = find_weights(model, directory, allow_other_shapes=bool(processor.labels))
+    if weights is not None:
+        return model, partial(_fill_pretrained, weights=weights, seed=seed)
+    model, new = open_pretrained(config, processor)
+    if new:
+        initialize(model, seed, only=new)
+    return model, None
+
+
+def _fill_pretrained(model: nn.Module, *, weights: TensorSource, seed: int) -> None:
+    new = {name for name, _ in model.named_parameters() if not weights.holds(name)}
+    initialize(model, seed, only=new)
+    fill_from(weights, model)
+
+
+def _pretrained_config(config: RunConfig, processor: Processor, directory: Path) -> Any:
     import transformers
 
-    directory = locate_pretrained(config.model)
     hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     for key, value in config.model.config.items():
         if not hasattr(hf_config, key):
@@ -239,19 +312,19 @@ def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module,
     if processor.labels and tuple(hf_config.id2label.values()) != tuple(processor.labels):
         for key, value in _label_keys(processor).items():
             setattr(hf_config, key, value)
-    with without_progress_bars():
-        model, info = _auto_class(config).from_pretrained(
-            directory,
-            config=hf_config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=bool(processor.labels),
-            output_loading_info=True,
-        )
-    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
-    model.config.name_or_path = ""  # a directory of this machine, which must not travel in a checkpoint
-    return model, new
+    return hf_config
+
+
+def _from_config(config: RunConfig, hf_config: Any, directory: Path) -> Any:
+    """Build a model on `meta`, with what a directory says about generation."""
+    import transformers
+
+    hf_config.name_or_path = ""  # a directory of this machine, which must not travel in a checkpoint
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(hf_config, trust_remote_code=False, dtype=torch.float32)
+    if (directory / GENERATION_FILE).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
 
 
 def _call_factory(model: ModelConfig, processor: Processor, seed: int) -> nn.Module:
@@ -273,7 +346,8 @@ def _call_factory(model: ModelConfig, processor: Processor, seed: int) -> nn.Mod
         raise ConfigError(
             f"model.factory: {model.factory} returned a {type(built).__name__}, not a torch.nn.Module"
         )
-    if any(parameter.is_meta for parameter in built.parameters()):
-        materialize(built, "cpu")
-        initialize(built, seed)
     return built
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())

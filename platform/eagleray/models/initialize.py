@@ -7,7 +7,6 @@ parameter's name, on the CPU. So neither the order of building, nor the device, 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagleray.errors import ConfigError
+from eagleray.models.whole import WholeParameters
+from eagleray.parallel.local import materialize, skeleton_of
+
+__all__ = ["initialize", "materialize", "skeleton_of"]
 
 _RANDOM_FILLS = {
     torch.ops.aten.normal_,
@@ -31,81 +34,42 @@ _RANDOM_FILLS = {
 }
 
 
-def initialize(
-    model: nn.Module, seed: int | None, *, only: set[str] | None = None, modules: set[str] | None = None
-) -> None:
+def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = None) -> None:
     """Set every parameter, and every buffer that an initialiser knows, in place.
 
     Modules of Hugging Face models are set by their `_init_weights`, all others by `reset_parameters`; children
-    come before their parents, as in both libraries.
+    come before their parents, as in both libraries. Of a parameter that is cut over ranks each sets its part;
+    then this is called by all of them together.
 
     Args:
-        model: A model whose tensors are on a real device; see `materialize`.
+        model: A model, or a stage of one, whose tensors are on a real device; see `materialize`.
         seed: Seed of the weights; None leaves random fills out, for weights that are loaded afterwards. Buffers
             that no checkpoint holds are set all the same.
         only: Names of the parameters to set; default: all.
-        modules: Names of the modules to set; default: all. The others may be on `meta`, or sharded.
 
     Raises:
         ConfigError: A module has parameters of its own and no way to set them.
     """
-    names = {_storage(tensor): name for name, tensor in model.named_parameters() if _is_plain(tensor)}
-    kept = [tensor for name, tensor in model.named_parameters() if only is not None and name not in only]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _marked_as_loaded(kept):
-        for module_name, module, init in _initialisers(model):
-            if modules is not None and module_name not in modules:
-                continue
+    parameters = {parameter: name for name, parameter in model.named_parameters()}
+    names = {_storage(tensor): name for tensor, name in parameters.items() if _is_plain(tensor)}
+    kept = [tensor for tensor, name in parameters.items() if only is not None and name not in only]
+    temporary: list[int] = []
+
+    def named(whole: Tensor, parameter: nn.Parameter) -> None:
+        temporary.append(_storage(whole))
+        names[temporary[-1]] = parameters[parameter]
+
+    whole = WholeParameters(named)
+    initialisers = list(_initialisers(model))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _marked_as_loaded(kept), whole.shown(model):
+        for module_name, module, init in initialisers:
             # For what is drawn into a temporary tensor first (orthogonal_, or copying torch.randn).
             torch.manual_seed(_seed_of(seed or 0, module_name))
             with _FillByName(names, seed):
                 init(module)
-
-
-def materialize(model: nn.Module, device: torch.device | str, *, modules: set[str] | None = None) -> None:
-    """Give every tensor on `meta` memory on a device; shared parameters stay shared, values are undefined.
-
-    Args:
-        model: The model.
-        device: Where the memory is.
-        modules: Names of the modules whose own tensors are meant; default: all.
-    """
-    moved: dict[Tensor, Tensor] = {}
-    for module_name, module in model.named_modules():
-        if modules is not None and module_name not in modules:
-            continue
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                if parameter not in moved:
-                    data = torch.empty_like(parameter, device=device)
-                    moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                module._parameters[name] = moved[parameter]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                moved.setdefault(buffer, torch.empty_like(buffer, device=device))
-                module._buffers[name] = moved[buffer]
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on `meta`; shared parameters stay shared."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {
-        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.to("meta")
-        for tensor in tensors
-    }
-    return copy.deepcopy(model, memo)
-
-
-@torch.no_grad()
-def fill_from(source: nn.Module, model: nn.Module, modules: set[str]) -> None:
-    """Give modules of a skeleton the tensors of the model that it was made from, copied."""
-    device = next(source.parameters()).device
-    materialize(model, device, modules=modules)
-    for name in modules:
-        module, original = model.get_submodule(name), source.get_submodule(name)
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            tensor.copy_(getattr(original, key))
+            whole.store()
+            while temporary:  # the memory may come back under another name
+                names.pop(temporary.pop(), None)
 
 
 class _FillByName(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -128,10 +92,11 @@ class _FillByName(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if self._seed is None:
             return target
-        drawn = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+        is_plain_memory = target.device.type == "cpu" and target.is_contiguous()
+        drawn = target if is_plain_memory else torch.empty(target.shape, dtype=target.dtype, device="cpu")
         generator = torch.Generator().manual_seed(_seed_of(self._seed, name))
         func(drawn, *args[1:], **{**kwargs, "generator": generator})
-        return target.copy_(drawn)
+        return target if is_plain_memory else target.copy_(drawn)
 
 
 def _initialisers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Any]]]:

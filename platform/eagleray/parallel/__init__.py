@@ -1,6 +1,7 @@
 """Layouts: the mesh of the workers, and what it does to a model. Plain torch."""
 
-from eagleray.parallel.apply import Fill, apply_layout, apply_pipeline, check_supported
+from eagleray.parallel.apply import apply_layout, apply_pipeline, check_supported
+from eagleray.parallel.local import Fill
 from eagleray.parallel.mesh import DataCoordinate, build_mesh, data_coordinate
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.pipeline import Pipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.parallel.local import Fill, materialize
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.pipeline import Pipeline, micro_batches
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
@@ -18,9 +19,6 @@ from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
 from eagleray.parallel.stage import LossFunction
 from eagleray.parallel.tensor import TensorParallel
-
-Fill = Callable[[nn.Module, set[str]], None]
-"""Gives the tensors that modules hold themselves (named from the model) memory on the device, and their values."""
 
 _NO_PLAN = ParallelPlan()
 _DEFAULTS = ParallelOptions()
@@ -53,17 +51,17 @@ def apply_layout(
 ) -> nn.Module:
     """Return what is called for training; parameters keep their names.
 
-    The model is filled, cut and sharded one unit (layer) after the other, so that a rank holds its own part of the
-    model and one whole unit at most. Gradients are means over the data-parallel ranks.
+    A model on `meta` is cut and sharded before it gets memory, so that a rank holds its own part and no more.
+    Gradients are means over the data-parallel ranks.
 
     Args:
-        model: The model, or one stage of it: on `device` with its weights, or on `meta` with `fill`.
+        model: The model: on `meta` with `fill`, or on `device` with its weights.
         layout: The degrees that `mesh` was built from.
         mesh: From `build_mesh`.
         device: Where this rank computes.
         plan: What the model tells about itself.
         options: How the layout is applied.
-        fill: What fills a model on `meta`.
+        fill: What gives a model on `meta` its values.
 
     Raises:
         ConfigError: The layout cannot be applied to this model.
@@ -72,7 +70,10 @@ def apply_layout(
     check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
     if layout.tensor > 1:
         check_styles(model, plan)
-    _cut_and_shard(model, model, layout, mesh, plan, options, fill)
+    _cut_and_shard(model, model, layout, mesh, plan, options)
+    if fill is not None:
+        materialize(model, device)
+        fill(model)
     if layout.replicate > 1 and not Sharding.is_needed(layout):
         return _replicate(model, mesh, device)
     return model
@@ -89,7 +90,7 @@ def apply_pipeline(
     loss: LossFunction,
     fill: Fill,
 ) -> Pipeline:
-    """Return this rank's stages of a model on `meta`, each filled, cut and sharded as by `apply_layout`.
+    """Return this rank's stages of a model on `meta`, each cut, sharded and filled as by `apply_layout`.
 
     Args:
         model: The whole model, on `meta`; it is not changed.
@@ -99,7 +100,7 @@ def apply_pipeline(
         plan: What the model tells about itself.
         options: How the layout is applied.
         loss: The task's loss.
-        fill: What fills a model on `meta`.
+        fill: What gives a stage its values.
 
     Raises:
         ConfigError: The layout cannot be applied to this model.
@@ -111,7 +112,9 @@ def apply_pipeline(
     if Sharding.is_needed(layout):
         pipeline.check_sharding()
     for stage in pipeline.own_stages():
-        _cut_and_shard(stage.module, stage, layout, mesh, plan, options, fill)
+        _cut_and_shard(stage.module, stage, layout, mesh, plan, options)
+        materialize(stage, device)
+        fill(stage.module)
     pipeline.share_copies()
     return pipeline
 
@@ -123,15 +126,12 @@ def _cut_and_shard(
     mesh: DeviceMesh,
     plan: ParallelPlan,
     options: ParallelOptions,
-    fill: Fill | None,
 ) -> None:
     tensor = None
     if layout.tensor > 1:
         tensor = TensorParallel(plan, mesh["tp"], sequence_parallel=options.sequence_parallel)
     sharding = Sharding(layout, mesh, options) if Sharding.is_needed(layout) else None
     for unit, modules in _units(model, plan):
-        if fill is not None:
-            fill(model, set(modules))
         if tensor is not None:
             tensor.cut(modules.items())
         if unit is not model:

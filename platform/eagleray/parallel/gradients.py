@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from eagleray.parallel.local import local
+
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return the gradients' parts that this rank holds; changing one in place changes the gradient."""
-    return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 @torch.no_grad()
@@ -28,7 +30,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: dist.ProcessGrou
     parts: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            parts[_cut_axes(parameter.grad)].append(_local(parameter.grad))
+            parts[_cut_axes(parameter.grad)].append(local(parameter.grad))
     total = torch.zeros(())
     for (mesh, axes), gradients in parts.items():
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
@@ -60,7 +62,3 @@ def _cut_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     assert not any(placement.is_partial() for placement in gradient.placements), "every gradient is reduced"
     cut = [axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate()]
     return gradient.device_mesh, tuple(cut)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -15,18 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.distributed.tensor import DTensor
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.cut import cut_layers, estimate_costs
 from eagleray.parallel.gradients import whole
+from eagleray.parallel.local import local, materialize
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.stage import LossFunction, Stage, capture_inputs, prune
 
 Shape = tuple[int, ...]
 ScaleLoss = Callable[[Tensor], Tensor]
+Holders = dict[str, list[int]]
 
 _STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 
@@ -118,7 +121,8 @@ class Pipeline(nn.Module):
         self.stages = nn.ModuleList(
             Stage(copy.deepcopy(model), plan, self.cut[number], loss) for number in self.numbers
         )
-        self._holders = _holders_of(model, plan, self.cut)
+        self._skeleton = partial(copy.deepcopy, model)
+        self._holders, self._buffer_holders = _holders_of(model, plan, self.cut)
         self._sizes = [len(plan.layer_list(model, name)) for name in plan.layers]
         assert plan.pipeline is not None
         self._shapes = plan.pipeline(copy.deepcopy(model))
@@ -181,17 +185,34 @@ class Pipeline(nn.Module):
         """The ranks of this pipeline, in the order of their stages."""
         return self._group
 
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """Hold the whole model on every rank as long as the context lasts, to call it; entered by all together.
+
+        Its weights are a copy of those of the stages; only the structure of the model is kept all the time.
+
+        Raises:
+            ConfigError: No stage holds a buffer of the model, so that nobody knows its values.
+        """
+        model = self._skeleton()
+        materialize(model, self._device)
+        self._copy_into(model)
+        yield model
+
     @torch.no_grad()
-    def copy_into(self, model: nn.Module) -> None:
-        """Copy the parameters of all stages into a whole model; called by all ranks together."""
+    def _copy_into(self, model: nn.Module) -> None:
         size = self._group.size()
         owner = {n: rank for rank in range(size) for n in stage_numbers(self._options.schedule, rank, size)}
-        own, target = dict(self.named_parameters()), dict(model.named_parameters())
-        for name, holders in self._holders.items():
-            rank = owner[holders[0]]
+        own: dict[str, Tensor] = dict(self.named_parameters())
+        for stage in self.own_stages():
+            own |= dict(stage.module.named_buffers(remove_duplicate=False))
+        for name, target in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in self._holders and name not in self._buffer_holders:
+                raise ConfigError(f"no stage of the pipeline holds the buffer {name}", "register it in a layer")
+            rank = owner[(self._holders.get(name) or self._buffer_holders[name])[0]]
             if rank == self._group.rank():
-                target[name].copy_(whole(own[name]))
-            dist.broadcast(target[name].data, group=self._group, group_src=rank)
+                target.copy_(whole(own[name]))
+            dist.broadcast(target.detach(), group=self._group, group_src=rank)
 
     def share_copies(self) -> None:
         """Let a tied parameter of two stages of this rank be one object; called once they are filled."""
@@ -311,9 +332,9 @@ class Pipeline(nn.Module):
         for name, group in self._tied_groups.items():
             gradient = own[name].grad
             if group is not None and gradient is not None:
-                total = _local(gradient).contiguous()
+                total = local(gradient).contiguous()
                 dist.all_reduce(total, group=group)
-                _local(gradient).copy_(total)
+                local(gradient).copy_(total)
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients enter the norm from this rank: a tied one does from one stage."""
@@ -342,15 +363,18 @@ def _timeout_of(mesh: DeviceMesh) -> timedelta:
     return backend.options._timeout
 
 
-def _holders_of(model: nn.Module, plan: ParallelPlan, cut: list[range]) -> dict[str, list[int]]:
-    """Return which stages hold each parameter; more than one do if it is tied over stages."""
-    holders: dict[str, list[int]] = {}
+def _holders_of(model: nn.Module, plan: ParallelPlan, cut: list[range]) -> tuple[Holders, Holders]:
+    """Return which stages hold each parameter (more than one, if it is tied over stages), and each buffer."""
+    parameters: Holders = {}
+    buffers: Holders = {}
     for number, layers in enumerate(cut):
         part = copy.deepcopy(model)
         prune(part, plan, layers)
         for name, _ in part.named_parameters():
-            holders.setdefault(name, []).append(number)
-    return holders
+            parameters.setdefault(name, []).append(number)
+        for name, _ in part.named_buffers(remove_duplicate=False):
+            buffers.setdefault(name, []).append(number)
+    return parameters, buffers
 
 
 def _part_of(layer: int, sizes: Sequence[int]) -> int:
@@ -364,7 +388,3 @@ def _once(parts: Iterable[Iterable[tuple[str, Any]]]) -> Iterator[tuple[str, Any
         if name not in seen:
             seen.add(name)
             yield name, value
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -55,7 +55,7 @@ class Sharding:
 
 
 @contextmanager
-def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
+def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[nn.Module]:
     """Hold the whole weights of a sharded model on every rank, so that its submodules can be called directly.
 
     Text generation does that; and ranks that generate different numbers of tokens would wait for each other's
@@ -72,7 +72,7 @@ def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]
     for unit in resharded:
         unit.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        yield model
     finally:
         for unit in units:
             unit.reshard()

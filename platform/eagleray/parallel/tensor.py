@@ -120,7 +120,9 @@ class TensorParallel:
     def _distribute_parameter(self, parameter: nn.Parameter, dim: int) -> nn.Parameter:
         if parameter not in self._distributed:
             # No source rank: every rank has the same values, and cuts its part without communication.
-            cut = distribute_tensor(parameter.detach(), self._mesh, [Shard(dim)], src_data_rank=None)
+            cut: Tensor = distribute_tensor(parameter.detach(), self._mesh, [Shard(dim)], src_data_rank=None)
+            if not cut.is_meta:
+                cut = cut.clone()  # a view would keep the memory of the whole
             self._distributed[parameter] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
         return self._distributed[parameter]
 
