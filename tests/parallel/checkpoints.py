@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
+from eagleray.errors import CheckpointDamagedError
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.objects import ObjectStore
 from eagleray.store.records import create_record
@@ -109,6 +110,50 @@ def load(location: str, version: str) -> tuple[bool, int]:
     num_bytes = checkpoint.load_into(cut)
     expected = laid_out(whole)
     return all(torch.equal(_local(cut[name]), _local(expected[name])) for name in whole), num_bytes
+
+
+LARGE = {f"model.layers.{number}.weight": (512, 256) for number in range(4)}
+
+
+def save_large(location: str, placements: Sequence[Placement]) -> None:
+    """Save matrices of half a MiB, cut over all ranks."""
+    store = ObjectStore.open(location)
+    run = owned_run(store) if dist.get_rank() == 0 else RunHandle(store, NAME, 1, 1, "a")
+    dist.barrier()
+    saver = CheckpointSaver(None, run, layout=Layout(shard=dist.get_world_size()), config=config(), timeout_s=20)
+    saver.save(step=1, tensors=large_tensors(placements), files={}, state={}, metrics={})
+    assert [result.error for result in saver.wait()] == [None]
+    saver.close()
+
+
+def load_large(location: str, mesh_shape: tuple[int, ...], placements: Sequence[Placement]) -> float:
+    """Load them cut otherwise; check the values and return the share of all bytes that this rank read."""
+    checkpoint = Checkpoint.open(ObjectStore.open(location), NAME, "r1-step-00000001")
+    expected = large_tensors(placements, mesh_shape)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    num_bytes = checkpoint.load_into(loaded)
+    assert all(torch.equal(_local(loaded[name]), _local(expected[name])) for name in expected)
+    return num_bytes / sum(4 * rows * columns for rows, columns in LARGE.values())
+
+
+def load_damaged(location: str) -> str:
+    """Load by halves of the rows what is damaged in its last byte; return the message."""
+    try:
+        load_large(location, (2,), [Shard(0)])
+    except CheckpointDamagedError as error:
+        return error.message
+    return "nothing"
+
+
+def large_tensors(
+    placements: Sequence[Placement], mesh_shape: tuple[int, ...] | None = None
+) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", mesh_shape or (dist.get_world_size(),))
+    whole = {
+        name: torch.rand(shape, generator=torch.Generator().manual_seed(number))
+        for number, (name, shape) in enumerate(LARGE.items())
+    }
+    return {name: distribute_tensor(tensor, mesh, placements) for name, tensor in whole.items()}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

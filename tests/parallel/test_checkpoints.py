@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import NAME, load, save, whole_tensors
+from checkpoints import NAME, load, load_damaged, load_large, save, save_large, whole_tensors
 from ranks import RankGroup
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.objects import ObjectStore
@@ -63,3 +65,29 @@ def test_a_tensor_replicated_and_cut_is_stored_once(group: Callable[[int], RankG
     assert all(torch.equal(read[name], whole[name]) for name in whole)
     stored = sum(shard.end - shard.start for tensor in checkpoint.manifest.tensors for shard in tensor.shards)
     assert stored == sum(tensor.nbytes for tensor in whole.values())
+
+
+@pytest.mark.parametrize("written", ["whole", "rows", "columns"])
+def test_a_rank_reads_its_share_of_the_bytes_whoever_wrote_them(
+    group: Callable[[int], RankGroup], tmp_path: Path, written: str
+) -> None:
+    by_two: dict[str, list[Placement]] = {"whole": [Replicate()], "rows": [Shard(0)], "columns": [Shard(1)]}
+    group(2).run(save_large, str(tmp_path), by_two[written])
+    for mesh_shape, placements in [((4,), [Shard(0)]), ((4,), [Shard(1)]), ((2, 2), [Shard(0), Shard(1)])]:
+        assert group(4).run(load_large, str(tmp_path), mesh_shape, placements) == [0.25] * 4
+    assert group(2).run(load_large, str(tmp_path), (2,), [Shard(1)]) == [0.5] * 2
+    thirds = group(3).run(load_large, str(tmp_path), (3,), [Shard(0)])  # blocks are no thirds: rounded up to them
+    assert all(1 / 3 <= share < 0.46 for share in thirds)
+
+
+def test_a_damaged_block_is_refused_by_the_rank_that_reads_it_and_the_others_hear_of_it(
+    group: Callable[[int], RankGroup], tmp_path: Path
+) -> None:
+    group(2).run(save_large, str(tmp_path), [Replicate()])
+    for path in tmp_path.glob("models/m/*/*/model-*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    messages = group(2).run(load_damaged, str(tmp_path))
+    assert messages[1].count("is damaged: bytes") == 1 and "rank" not in messages[1]
+    assert messages[0].startswith("rank 1: ")

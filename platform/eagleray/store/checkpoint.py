@@ -147,14 +147,12 @@ class Checkpoint:
         """
         reader = StoreReader(self.store, self.manifest)
         entries = [tensor for tensor in self.manifest.tensors if tensor.name.startswith(prefix)]
-        whole: dict[str, torch.Tensor] = {}
-        for entry in entries:
-            tensor = torch.empty(entry.shape, dtype=dtype_of(entry.dtype))
-            for shard in entry.shards:
-                box = tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))
-                tensor[box] = reader.read_shard(entry, shard)
-            whole[entry.name.removeprefix(prefix)] = tensor
-        return whole
+        whole = {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry.dtype)) for entry in entries}
+        stored = ((entry, shard) for entry in entries for shard in entry.shards)
+        for tensor, shard, data in reader.read(stored):
+            box = tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.sizes, strict=True))
+            whole[tensor.name][box] = data
+        return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
 
     def load_into(
         self, tensors: Mapping[str, torch.Tensor], process_group: dist.ProcessGroup | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ from eagleray.store.manifest import FileEntry, Manifest, ShardEntry, TensorEntry
 from eagleray.store.objects import ObjectStore
 from eagleray.store.peers import Peers
 from eagleray.store.safetensors import Piece, SafetensorsStream, dtype_name, dtype_of, from_bytes
+
+Stored = tuple[TensorEntry, ShardEntry]
+
+_HINT = "Use another version, or restore the file."
+_MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +200,7 @@ class StoreReader(StorageReader):
         self._store = store
         self._base = version_dir(manifest.name, manifest.version)
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
+        self._shards: dict[str, dict[tuple[int, ...], ShardEntry]] = {}
         self.num_bytes_read = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -216,15 +222,13 @@ class StoreReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read each shard that an item needs once, verify it, and copy its boxes to where they belong."""
+        """Read each block that an item needs once, verify it, and copy its boxes to where they belong."""
         items: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             items[item.storage_index].append(item)
-        for index, wanted in items.items():
-            tensor = self._tensors[index.fqn]
-            shard = next(s for s in tensor.shards if s.offsets == tuple(index.offset or ()))
-            data = self.read_shard(tensor, shard)
-            for item in wanted:
+        wanted = [(self._tensors[index.fqn], self._shard_of(index)) for index in items]
+        for tensor, shard, data in self.read(wanted):
+            for item in items[MetadataIndex(tensor.name, torch.Size(shard.offsets))]:
                 box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(data[box])
@@ -233,26 +237,41 @@ class StoreReader(StorageReader):
         future.set_result(None)
         return future
 
-    def read_shard(self, tensor: TensorEntry, shard: ShardEntry) -> torch.Tensor:
-        """Read a shard.
+    def read(self, wanted: Iterable[Stored]) -> Iterator[tuple[TensorEntry, ShardEntry, torch.Tensor]]:
+        """Read shards and verify them; those that lie side by side in a file come in one request.
 
         Raises:
-            CheckpointDamagedError: Its bytes are not those that were committed.
+            CheckpointDamagedError: Bytes are not those that were committed.
         """
-        key = f"{self._base}/{shard.file}"
-        hint = "Use another version, or restore the file."
+        for run in _runs(wanted):
+            start, data = run[0][1].start, self._get(run)
+            for tensor, shard in run:
+                part = memoryview(data)[shard.start - start : shard.end - start]
+                self._check(tensor, shard, part)
+                yield tensor, shard, from_bytes(part, tensor.dtype, shard.sizes)
+
+    def _shard_of(self, index: MetadataIndex) -> ShardEntry:
+        if index.fqn not in self._shards:
+            self._shards[index.fqn] = {shard.offsets: shard for shard in self._tensors[index.fqn].shards}
+        return self._shards[index.fqn][tuple(index.offset or ())]
+
+    def _get(self, run: Sequence[Stored]) -> bytes:
+        file, start, end = run[0][1].file, run[0][1].start, run[-1][1].end
+        key = f"{self._base}/{file}"
         try:
-            data = self._store.get_range(key, shard.start, shard.end)
+            data = self._store.get_range(key, start, end)
         except NotFoundError:
-            raise CheckpointDamagedError(f"{key} is missing", hint) from None
+            raise CheckpointDamagedError(f"{key} is missing", _HINT) from None
         self.num_bytes_read += len(data)
+        return data
+
+    def _check(self, tensor: TensorEntry, shard: ShardEntry, data: memoryview) -> None:
         if len(data) != shard.end - shard.start or hashlib.sha256(data).hexdigest() != shard.sha256:
             raise CheckpointDamagedError(
-                f"{key} is damaged: bytes {shard.start} to {shard.end}, which hold {tensor.name}, are not those "
-                "that were committed",
-                hint,
+                f"{self._base}/{shard.file} is damaged: bytes {shard.start} to {shard.end}, which hold "
+                f"{tensor.name}, are not those that were committed",
+                _HINT,
             )
-        return from_bytes(data, tensor.dtype, shard.sizes)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -300,6 +319,22 @@ def load_local(tensors: Mapping[str, torch.Tensor], reader: StorageReader) -> No
     plan = reader.prepare_local_plan(planner.create_local_plan())
     plan = planner.finish_plan(reader.prepare_global_plan(planner.create_global_plan([plan]))[0])
     reader.read_data(plan, planner).wait()
+
+
+def _runs(wanted: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """Put shards together that lie side by side in a file, up to the size of a request."""
+    run: list[Stored] = []
+    for tensor, shard in sorted(wanted, key=lambda each: (each[1].file, each[1].start)):
+        if run and not (
+            shard.file == run[-1][1].file
+            and shard.start == run[-1][1].end
+            and shard.end - run[0][1].start <= _MAX_REQUEST_BYTES
+        ):
+            yield run
+            run = []
+        run.append((tensor, shard))
+    if run:
+        yield run
 
 
 def _piece(item: WriteItem, planner: SavePlanner) -> Piece:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import TypeVar
 
 import torch
@@ -20,9 +19,9 @@ from eagleray.store.manifest import FileEntry, ShardEntry
 
 Bytes = TypeVar("Bytes", bytes, memoryview)
 
-BLOCK_BYTES = 32 * 1024 * 1024
-"""A block of rows has one hash: a reader reads whole blocks, because only those can be verified."""
-
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES = 16 * 1024, 8 * 1024 * 1024
+_BLOCKS_PER_FILE = 4096
+_MAX_PANELS = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -50,24 +49,55 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def block_size(file_bytes: int) -> int:
+    """Bytes of a block in a file of so many: small beside any rank's part, and few enough for the manifest.
+
+    A block has one hash. A reader reads whole blocks, because only those can be verified.
+    """
+    return min(_MAX_BLOCK_BYTES, max(_MIN_BLOCK_BYTES, file_bytes // _BLOCKS_PER_FILE))
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def from_bytes(data: bytes, dtype: str, sizes: Sequence[int]) -> torch.Tensor:
+def from_bytes(data: bytes | memoryview, dtype: str, sizes: Sequence[int]) -> torch.Tensor:
     """A tensor of its own memory from the bytes of a shard."""
     return torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).reshape(tuple(sizes))
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one rank writes of a tensor: a box that begins at `offsets`, contiguous in host memory."""
+    """What one rank writes of a tensor: a box that begins at `offsets`, in host memory."""
 
     name: str
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     local: torch.Tensor
+
+    def panels(self, block_bytes: int) -> list[Piece]:
+        """Cut a large matrix into panels of columns, each contiguous in the file: a layout may need some columns.
+
+        There are about as many panels as blocks of rows in each, in powers of two as degrees mostly are.
+        """
+        num_panels = 1
+        while (
+            self.local.ndim > 1
+            and num_panels < _MAX_PANELS
+            and self.local.shape[1] % (2 * num_panels) == 0
+            and self.local.nbytes >= block_bytes * (2 * num_panels) ** 2
+        ):
+            num_panels *= 2
+        if num_panels == 1:
+            return [self]
+        width = self.local.shape[1] // num_panels
+        columns = range(0, self.local.shape[1], width)
+        row, column, *others = self.offsets
+        return [
+            Piece(self.name, (row, column + first, *others), self.shape, self.local[:, first : first + width])
+            for first in columns
+        ]
 
     @property
     def key(self) -> str:
@@ -84,19 +114,21 @@ class SafetensorsStream:
     Args:
         path: `<attempt>/<file name>`.
         pieces: At least one, each of at least one element.
-        block_bytes: Most bytes under one hash, unless a row has more.
+        block_bytes: Most bytes under one hash, unless a row has more; None: by the size of the file.
     """
 
     path: str
     pieces: Sequence[Piece]
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int | None = None
     shards: dict[str, list[ShardEntry]] = field(default_factory=dict, init=False)
     _hash: hashlib._Hash = field(default_factory=hashlib.sha256, init=False)
     _size: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._block_bytes = self.block_bytes or block_size(sum(piece.local.nbytes for piece in self.pieces))
+        panels = [panel for piece in self.pieces for panel in piece.panels(self._block_bytes)]
         # Wide types first, so that every tensor is aligned to its element.
-        self.pieces = sorted(self.pieces, key=lambda piece: (-piece.local.element_size(), piece.key))
+        self.pieces = sorted(panels, key=lambda piece: (-piece.local.element_size(), piece.key))
         self.header = _header(self.pieces)
 
     @property
@@ -107,7 +139,7 @@ class SafetensorsStream:
     def __iter__(self) -> Iterator[bytes | memoryview]:
         yield self._count(self.header)
         for piece in self.pieces:
-            for offset, block in _blocks(piece.local, self.block_bytes):
+            for offset, block in _blocks(piece.local, self._block_bytes):
                 yield from self._block(piece, offset, block)
 
     def _block(self, piece: Piece, row: int, block: torch.Tensor) -> Iterator[memoryview]:
@@ -150,11 +182,13 @@ def _header(pieces: Sequence[Piece]) -> bytes:
 
 
 def _blocks(tensor: torch.Tensor, block_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Cut a tensor along its first dimension; yield where each block begins."""
+    """Cut a tensor along its first dim into a power of two of blocks, as layouts do; yield where each begins."""
     if tensor.ndim == 0:
         yield 0, tensor
         return
-    row_bytes = prod(tensor.shape[1:]) * tensor.element_size()
-    num_rows = max(1, block_bytes // row_bytes)
-    for first in range(0, tensor.shape[0], num_rows):
-        yield first, tensor[first : first + num_rows]
+    rows, num_blocks = tensor.shape[0], 1
+    while num_blocks < rows and tensor.nbytes > block_bytes * num_blocks:
+        num_blocks *= 2
+    size = -(-rows // num_blocks)
+    for first in range(0, rows, size):
+        yield first, tensor[first : first + size]

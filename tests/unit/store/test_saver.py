@@ -17,7 +17,7 @@ from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import TensorEntry, manifest_key, parse_manifest
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry
-from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, dtype_name
+from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, block_size, dtype_name
 from eagleray.store.saver import CheckpointSaver, SaveResult
 
 
@@ -161,6 +161,26 @@ def test_a_file_of_tensors_is_one_that_safetensors_reads(tmp_path: Path) -> None
         ((0, 0), (2, 3)),
         ((2, 0), (2, 3)),
     ]
+
+
+def test_a_large_matrix_is_stored_in_panels_of_columns_and_blocks_of_rows(tmp_path: Path) -> None:
+    matrix = torch.arange(64 * 24.0).reshape(64, 24)
+    stream = SafetensorsStream(
+        "a/m.safetensors", [Piece("model.w", (8, 0), (96, 24), matrix)], block_bytes=64 * 24 * 4 // 16
+    )
+    (tmp_path / "file").write_bytes(b"".join(stream))
+    read = load_file(tmp_path / "file")
+    assert list(read) == [f"model.w[8,{column}]" for column in (0, 12, 18, 6)]
+    assert all(torch.equal(panel, matrix[:, int(key[10:-1]) :][:, :6]) for key, panel in read.items())
+    shards = stream.shards["model.w"]
+    assert {shard.sizes for shard in shards} == {(16, 6)} and len(shards) == 16
+    assert {shard.offsets for shard in shards} == {
+        (8 + row, col) for row in range(0, 64, 16) for col in range(0, 24, 6)
+    }
+
+
+def test_blocks_are_small_beside_a_file_but_not_many() -> None:
+    assert [block_size(size) for size in (1000, 1 << 30, 1 << 40)] == [16384, 262144, 8388608]
 
 
 @pytest.mark.parametrize(
