@@ -104,11 +104,11 @@ def stop_server(home: Home, record: ServerRecord, *, verbose: bool = False) -> N
     Raises:
         ServingError: It is still there.
     """
-    if record.pid is None:
+    process = find_process(record)
+    if process is None and record.address is not None:
         stop_there(record, verbose=verbose)
         home.remove(record)
         return
-    process = find_process(record)
     if process is None:
         home.remove(record)
         return

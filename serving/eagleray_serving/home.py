@@ -17,7 +17,8 @@ import psutil
 HOME_VARIABLE = "EAGLERAY_HOME"
 LOG_LIFE_S = 7 * 24 * 3600
 
-State = Literal["starting", "ready", "failed", "stopping"]
+State = Literal["starting", "ready", "failed", "stopping", "abandoned"]
+"""What a server is doing; abandoned: it was killed, and its applications are still on the cluster it joined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class ServerRecord:
 
     Attributes:
         id: Its name in `serve stop`.
-        pid: The process that all its others end with; None for applications on a cluster that is not ours.
+        pid: The process that ends it, and with a head of our own all others; None for applications that were left
+            on a joined cluster on purpose.
         created: When that process was created, in seconds since the epoch: a pid alone may be somebody else's.
         address: The joined cluster; None for a head of our own.
         folder: The server's own folder, removed at its end; None on a joined cluster.
@@ -52,7 +54,7 @@ class ServerRecord:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process runs; a joined cluster is asked elsewhere."""
+        """Whether its process runs, where it has one."""
         return self.pid is None or find_process(self) is not None
 
     def as_json(self) -> dict[str, Any]:
@@ -61,12 +63,26 @@ class ServerRecord:
 
 
 def own_record(
-    id: str, folder: Path, url: str, applications: Sequence[str], models: Sequence[str], log: str | None
+    id: str,
+    folder: Path | None,
+    url: str,
+    applications: Sequence[str],
+    models: Sequence[str],
+    log: str | None,
+    address: str | None = None,
 ) -> ServerRecord:
-    """Return the record of a server that this process is."""
-    created = psutil.Process().create_time()
+    """Return the record of a server that this process is; the attributes are those of the record."""
     return ServerRecord(
-        id, os.getpid(), created, None, str(folder), url, tuple(applications), tuple(models), log, "starting"
+        id=id,
+        pid=os.getpid(),
+        created=psutil.Process().create_time(),
+        address=address,
+        folder=None if folder is None else str(folder),
+        url=url,
+        applications=tuple(applications),
+        models=tuple(models),
+        log=log,
+        state="starting",
     )
 
 
@@ -127,12 +143,14 @@ class Home:
         return _read(self._dir / f"{id}.json")
 
     def records(self) -> list[ServerRecord]:
-        """Return all records, oldest first; those whose process is gone are cleared away."""
+        """Return all records, oldest first; those of which nothing is left are cleared away."""
         paths = sorted(self._dir.glob("*.json"), key=lambda path: path.stat().st_mtime)
         alive = []
         for record in filter(None, map(_read, paths)):
             if record.is_alive:
                 alive.append(record)
+            elif record.address is not None:
+                alive.append(replace(record, state="abandoned"))
             elif record.state != "failed":  # whoever waits for a failed one reads why
                 self.remove(record)
         return [record for record in alive if record.state != "failed"]

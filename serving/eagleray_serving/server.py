@@ -253,26 +253,29 @@ def serve_there(
             start_serve(options.host, options.port, variables)
             url = f"http://{options.host}:{options.port}"
             front = "haproxy" if "RAY_SERVE_ENABLE_HA_PROXY" in variables else "python"
+        for abandoned in home.records():
+            if abandoned.state == "abandoned" and abandoned.address == cluster.address:
+                delete(abandoned.applications)
+                home.remove(abandoned)
         refuse_existing(applications)
+        refs = [plan.card.ref for plan in plans]
+        record = own_record(options.id, None, url, applications, refs, None, cluster.address)
+        home.write(record)
         kept = stack.enter_context(ExitStack())
+        kept.callback(home.remove, record)
         kept.callback(delete, applications)
         launch(plans, current_runtime_env())
         _wait(plans, url, options.ready_timeout_s)
-        refs = tuple(plan.card.ref for plan in plans)
-        record = ServerRecord(
-            options.id, None, None, cluster.address, None, url, tuple(applications), refs, None, "ready"
-        )
-        home.write(record)
+        record = home.update(replace(record, pid=None, created=None) if detach else record, "ready")
         on_ready(Served(record, front, tuple(plans)))
         if detach:
             kept.pop_all()
             return
-        kept.callback(home.remove, record)
         stop.wait(lambda: True)
 
 
 def stop_there(record: ServerRecord, *, verbose: bool = False) -> None:
-    """Take the applications of a detached server off the cluster that it is on."""
+    """Take the applications of a server without a process off the cluster that they are on."""
     from eagleray_serving.launch import delete
 
     with connect(record.address, verbose=verbose):

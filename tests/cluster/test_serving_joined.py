@@ -56,6 +56,42 @@ def test_a_server_on_a_joined_cluster_answers_and_takes_only_itself_away(
     assert wait_until(info["url"] + "/v1/models", 404).status_code == 404
 
 
+def test_what_a_killed_server_left_on_a_joined_cluster_does_not_stop_the_next_one(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], models: Path, command: Command
+) -> None:
+    there = joining(command, ray_environment)
+    words = (
+        "serve",
+        str(models / "own.yaml"),
+        "--address",
+        ray_cluster.address,
+        "--port",
+        str(free_port()),
+        "--json",
+    )
+    killed = there.start(*words)
+    assert killed.stdout is not None
+    url = json.loads(killed.stdout.readline())["url"]
+    killed.kill()
+    killed.wait(10)
+    killed.stdout.close()
+    (left,) = json.loads(there.run("serve", "status", "--json").stdout)["servers"]
+    assert left["state"] == "abandoned"
+
+    again = there.start(*words)
+    assert again.stdout is not None
+    assert json.loads(again.stdout.readline())["url"] == url
+    assert httpx.post(url + "/v1/predict", json={"inputs": [1]}, timeout=30).status_code == 200
+    again.kill()
+    again.wait(10)
+    again.stdout.close()
+
+    stopped = there.run("serve", "stop", "--all")
+    assert stopped.returncode == 0, stopped.stderr
+    assert wait_until(url + "/v1/models", 404).status_code == 404
+    assert json.loads(there.run("serve", "status", "--json").stdout)["servers"] == []
+
+
 def test_the_rendered_config_is_taken_by_rays_own_serve_deploy(
     ray_cluster: RayCluster, ray_environment: dict[str, str], models: Path, command: Command
 ) -> None:

@@ -18,6 +18,7 @@ from eagleray_jobs.submit.interpreter import PYTHON_VARIABLE
 
 NOT_JOBS = ("init", "validate", "doctor", "serve", "models", "store", "jobs")
 JOB_VARIABLE = "EAGLERAY_JOB_ID"
+CODE_OPTION = "--code"
 STOP_WAIT_S = 600
 """Seconds between SIGTERM and SIGKILL: what a checkpoint may take."""
 
@@ -39,6 +40,7 @@ class Parcel:
         loaded: The same files as they were loaded here.
         store: Where the record goes.
         notes: What the user should know.
+        code_options: Directories that the arguments name with `--code`.
     """
 
     verb: str
@@ -47,6 +49,7 @@ class Parcel:
     loaded: tuple[LoadedFile, ...]
     store: str
     notes: tuple[str, ...] = ()
+    code_options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -55,8 +58,9 @@ class Parcel:
 
     @property
     def code(self) -> list[str]:
-        """The user's directories of all files, once each."""
-        return list(dict.fromkeys(entry for each in self.loaded for entry in each.config.code))
+        """The user's directories, of all files and of the arguments, once each."""
+        entries = [entry for each in self.loaded for entry in each.config.code]
+        return list(dict.fromkeys((*entries, *self.code_options)))
 
 
 def pack(verb: str, arguments: Sequence[str], store: str | None) -> Parcel:
@@ -86,9 +90,12 @@ def pack(verb: str, arguments: Sequence[str], store: str | None) -> Parcel:
         )
     location = _shared(str(stores.pop()))
     files = {f"{each.config.name}.yaml": _travelling(each, i, location) for i, each in enumerate(loaded)}
-    rest, notes = _absolute_paths([each for each in others if each not in overrides])
+    rest, code_options = _take_code([each for each in others if each not in overrides])
+    rest, notes = _absolute_paths(rest)
     tail = [] if paths else ["--store", location]
-    return Parcel(verb, (*files, *rest, *tail), files, loaded, location, notes)
+    for place in _option_places(code_options):
+        tail += [CODE_OPTION, f"./{place}"]
+    return Parcel(verb, (*files, *rest, *tail), files, loaded, location, notes, code_options)
 
 
 def entrypoint(job_id: str, parcel: Parcel) -> str:
@@ -116,6 +123,8 @@ def environment(job_id: str, parcel: Parcel, staging: Path) -> dict[str, Any]:
     for i, each in enumerate(parcel.loaded):
         for entry, place in zip(each.config.code, _code_places(each, i), strict=True):
             shutil.copytree(entry, folder / place, ignore=_IGNORED)
+    for entry, place in zip(parcel.code_options, _option_places(parcel.code_options), strict=True):
+        shutil.copytree(entry, folder / place, ignore=_IGNORED)
     return {
         **runtime_env(wheel, parcel.code),
         "working_dir": str(folder),
@@ -138,6 +147,31 @@ def _travelling(each: LoadedFile, number: int, store: str) -> dict[str, Any]:
 def _code_places(each: LoadedFile, number: int) -> list[str]:
     # A package keeps its own name, under which it is imported.
     return [f"code/{number}-{i}/{Path(entry).name}" for i, entry in enumerate(each.config.code)]
+
+
+def _option_places(directories: Sequence[str]) -> list[str]:
+    return [f"code/option-{i}/{Path(entry).name}" for i, entry in enumerate(directories)]
+
+
+def _take_code(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the arguments without their `--code` options, and the directories that these name.
+
+    Raises:
+        UsageError: One is not a directory.
+    """
+    rest: list[str] = []
+    found: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != CODE_OPTION:
+            rest.append(argument)
+            continue
+        value = value if equals else next(remaining, "")
+        if not Path(value).is_dir():
+            raise UsageError(f"{CODE_OPTION} {value}: there is no such directory", "Name one that holds packages.")
+        found.append(str(Path(value).resolve()))
+    return rest, tuple(found)
 
 
 def _shared(store: str) -> str:

@@ -203,6 +203,13 @@ def test_a_record_is_read_back_and_one_whose_process_is_gone_is_cleared_away(tmp
     assert home.read("b") is None
 
 
+def test_a_killed_server_on_a_joined_cluster_is_shown_as_abandoned(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.write(record("a", created=1.0, address="10.0.0.1:6379", folder=None, state="ready"))
+    home.write(record("b", pid=None, created=None, address="10.0.0.1:6379", folder=None, state="ready"))
+    assert {found.id: found.state for found in home.records()} == {"a": "abandoned", "b": "ready"}
+
+
 def test_a_failed_record_stays_for_whoever_waits_and_is_no_server(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.update(record("a"), "failed", {"message": "m"})

@@ -51,6 +51,29 @@ def test_the_file_travels_as_it_was_resolved_here_with_its_code(file: Path, tmp_
     assert any(name.endswith(".dist-info") for name in shipped)
 
 
+@pytest.mark.parametrize("spelling", [("--code", "src"), ("--code=src",)])
+def test_the_code_that_an_option_names_travels_too(
+    spelling: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "src" / "mine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("WORD = 1\n")
+    monkeypatch.chdir(tmp_path)
+    parcel = pack("predict", ["own", "/data/rows.jsonl", "/data/out.jsonl", *spelling], "/shared/store")
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    env = environment("job-1", parcel, staging)
+    option, place = parcel.arguments[-2:]
+    assert option == "--code"
+    assert (Path(env["working_dir"]) / place / "mine" / "__init__.py").read_text() == "WORD = 1\n"
+    assert "mine" in {Path(module).name for module in env["py_modules"]}
+
+
+def test_code_that_is_not_there_is_refused_before_anything_travels() -> None:
+    with pytest.raises(UsageError, match="--code nowhere: there is no such directory"):
+        pack("predict", ["own", "/in.jsonl", "/out.jsonl", "--code", "nowhere"], "/shared/store")
+
+
 def test_no_credential_of_the_environment_travels(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
