@@ -121,6 +121,32 @@ def test_what_the_job_committed_answers_over_http(story: Story, tmp_path: Path) 
         assert eagleray("serve", "stop", **home).returncode == 0
 
 
+def test_evaluate_and_predict_run_as_jobs(story: Story, ray_cluster: RayCluster, tmp_path: Path) -> None:
+    place = ["--store", story.store, "--address", ray_cluster.dashboard, "--follow"]
+    words = [OWN_MODEL, *OVERRIDES, "--ref", "length-guess@latest", "--num-workers", "1"]
+    evaluated = as_json("jobs", "submit", "evaluate", *words, *place)
+    assert evaluated["state"] == "succeeded", evaluated
+    assert evaluated["result"]["ref"].startswith("length-guess@r1-step-")
+
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows.write_text("".join(json.dumps({"source": f"January {day}"}) + "\n" for day in range(1, 6)))
+    # Where the code lay in training is a job's own folder, which is gone.
+    words = [
+        "length-guess@latest",
+        rows,
+        answers,
+        "--code",
+        OWN_MODEL.parent / "length_guess",
+        "--num-workers",
+        "1",
+    ]
+    predicted = as_json("jobs", "submit", "predict", *words, *place)
+    assert predicted["state"] == "succeeded", predicted
+    assert [json.loads(line)["source"] for line in answers.read_text().splitlines()] == [
+        f"January {day}" for day in range(1, 6)
+    ]
+
+
 def test_a_job_that_fails_says_why(ray_cluster: RayCluster, tmp_path: Path) -> None:
     place = ["--store", tmp_path / "store", "--address", ray_cluster.dashboard]
     too_much = "resources.resources_per_worker={CPU: 100}"

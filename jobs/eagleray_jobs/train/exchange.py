@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from eagleray.gloo import new_group
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class Exchange:
 
     def __init__(self, timeout_s: float) -> None:
         # Its own group: a collective in flight on the gradients' group must not be interleaved with these.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.group = new_group(timeout_s=timeout_s)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.gloo import register
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """Axes of the mesh, outermost first, under TorchTitan's names: ranks of one tensor-parallel group share a node."""
@@ -47,7 +49,8 @@ def build_mesh(layout: Layout, device_type: str, *, timeout_s: float = 60.0) -> 
             f"{layout} = {layout.num_workers}, but there are {dist.get_world_size()} workers",
             "set the degrees under parallel so that their product is the number of workers",
         )
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    backends: dict[Any, Any] | None = dict.fromkeys(AXES, register()) if device_type == "cpu" else None
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES, backend_override=backends)
     for axis in AXES:
         _set_timeout(mesh.get_group(axis), timeout_s)
     return mesh

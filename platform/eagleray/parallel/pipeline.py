@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.gloo import register
 from eagleray.parallel.cut import cut_layers, estimate_costs
 from eagleray.parallel.gradients import whole
 from eagleray.parallel.local import local, materialize
@@ -353,7 +354,8 @@ def _make_group(mesh: DeviceMesh, pipeline_ranks: tuple[int, ...]) -> dist.Proce
     if len(pipeline_ranks) > 1:
         for column in mesh.mesh.reshape(mesh.mesh.shape[0], -1).T.tolist():
             members = [column[rank] for rank in pipeline_ranks]
-            group = dist.new_group(members, timeout=_timeout_of(mesh))
+            backend = register() if mesh.device_type == "cpu" else None
+            group = dist.new_group(members, timeout=_timeout_of(mesh), backend=backend)
             own = group if dist.get_rank() in members else own
     return own
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
 from eagleray.errors import EaglerayError, FencedError, StoreError
+from eagleray.gloo import new_group
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,12 +54,7 @@ class Peers:
             # A group of some ranks is named after them; were it given back, the next one of that name would meet
             # its old addresses.
             self._is_part = len(ranks) < dist.get_world_size()
-            self._group = dist.new_group(
-                list(ranks),
-                timeout=timedelta(seconds=timeout_s),
-                backend="gloo",
-                use_local_synchronization=self._is_part,
-            )
+            self._group = new_group(ranks, timeout_s=timeout_s, use_local_synchronization=self._is_part)
             self.rank, self.world_size = dist.get_rank(self._group), len(ranks)
 
     @property
