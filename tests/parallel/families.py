@@ -16,6 +16,7 @@ from eagleray.models.initialize import initialize, materialize
 from eagleray.parallel import Fill, ParallelPlan
 
 SEED = 7
+SEQ2SEQ = ("marian",)
 IGNORED = -100
 
 
@@ -86,58 +87,48 @@ class OwnModel(nn.Module):
         return SimpleNamespace(logits=self.head((x * weights).sum(1) / weights.sum(1)))
 
 
+KEYS: dict[str, dict[str, Any]] = {
+    "marian": {
+        "vocab_size": 36, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
+        "dropout": 0.0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "scale_embedding": True,
+    },
+    "bert": {
+        "vocab_size": 36, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 24, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "num_labels": 3,
+    },
+    "distilbert": {
+        "vocab_size": 36, "dim": 16, "n_layers": 4, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 32,
+        "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "num_labels": 3,
+    },
+    "vit": {
+        "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "intermediate_size": 24, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "num_labels": 3,
+    },
+}  # fmt: skip
+
+
 def build(family: str, **changes: Any) -> nn.Module:
     """Build a model on `meta`."""
-    if family == "own":
-        with torch.device("meta"):
-            return OwnModel(**changes)
-    import transformers
-
     with torch.device("meta"):
-        if family == "marian":
-            keys = {
-                "vocab_size": 36,
-                "d_model": 16,
-                "encoder_layers": 2,
-                "decoder_layers": 2,
-                "encoder_attention_heads": 4,
-                "decoder_attention_heads": 4,
-                "encoder_ffn_dim": 24,
-                "decoder_ffn_dim": 24,
-                "max_position_embeddings": 32,
-                "dropout": 0.0,
-                "pad_token_id": 1,
-                "eos_token_id": 2,
-                "decoder_start_token_id": 1,
-                "scale_embedding": True,
-            }
-            return transformers.MarianMTModel(transformers.MarianConfig(**keys | changes))
-        if family == "bert":
-            keys = {
-                "vocab_size": 36,
-                "hidden_size": 16,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "intermediate_size": 24,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-                "num_labels": 3,
-            }
-            return transformers.BertForSequenceClassification(transformers.BertConfig(**keys | changes))
-        keys = {
-            "image_size": 8,
-            "patch_size": 4,
-            "num_channels": 1,
-            "hidden_size": 16,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 24,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "num_labels": 3,
-        }
-        return transformers.ViTForImageClassification(transformers.ViTConfig(**keys | changes))
+        if family == "own":
+            return OwnModel(**changes)
+        config, model = _classes(family)
+        built: nn.Module = model(config(**KEYS[family] | changes))
+        return built
+
+
+def _classes(family: str) -> tuple[Any, Any]:
+    import transformers as t
+
+    return {
+        "marian": (t.MarianConfig, t.MarianMTModel),
+        "bert": (t.BertConfig, t.BertForSequenceClassification),
+        "distilbert": (t.DistilBertConfig, t.DistilBertForSequenceClassification),
+        "vit": (t.ViTConfig, t.ViTForImageClassification),
+    }[family]
 
 
 def fill_from_seed(seed: int = SEED) -> Fill:
@@ -161,8 +152,8 @@ def global_batch(family: str, step: int, rows: int = 8) -> dict[str, Tensor]:
             "pixel_values": torch.randn(rows, 1, 8, 8, generator=rng),
             "labels": torch.randint(0, 3, (rows,), generator=rng),
         }
-    source, source_mask = _tokens(rng, rows, 7, 1 if family == "marian" else 0)
-    if family in ("bert", "own"):
+    source, source_mask = _tokens(rng, rows, 7, 1 if family in SEQ2SEQ else 0)
+    if family not in SEQ2SEQ:
         return {
             "input_ids": source,
             "attention_mask": source_mask,

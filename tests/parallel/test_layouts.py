@@ -44,16 +44,19 @@ SAMPLE = {
     ("bert", "hsdp2x2", "plain"),
     ("vit", "ddp2.tp2", "plain"),
     ("own", "fsdp2.tp2", "both"),
+    ("distilbert", "fsdp2", "plain"),
+    ("distilbert", "tp2", "both"),
 }
+FAMILIES = ("marian", "bert", "distilbert", "vit", "own")
 CASES = [
     (family, layout, options)
-    for family, layout, options in product(("marian", "bert", "vit", "own"), LAYOUTS, OPTIONS)
+    for family, layout, options in product(FAMILIES, LAYOUTS, OPTIONS)
     if layout.tensor > 1 or not OPTIONS[options].sequence_parallel
 ]
 
 
 def test_the_matrix_covers_what_it_says() -> None:
-    assert len(CASES) == 4 * (5 * 3 + 4 * 5)
+    assert len(CASES) == 5 * (5 * 3 + 4 * 5)
     assert {(family, str(layout), options) for family, layout, options in CASES} >= SAMPLE
 
 

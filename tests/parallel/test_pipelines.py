@@ -21,6 +21,7 @@ CASES = {
     "marian-pp2-split": ("marian", Layout(pipeline=2), P(split=(1, 3), activation_checkpointing="full")),
     "bert-pp2-zbv": ("bert", Layout(pipeline=2), P(schedule="ZBVZeroBubble")),
     "vit-pp2-gpipe": ("vit", Layout(pipeline=2), P(schedule="GPipe", num_microbatches=2)),
+    "distilbert-pp2": ("distilbert", Layout(pipeline=2), P()),
     "marian-pp2.fsdp2": ("marian", Layout(pipeline=2, shard=2), P()),
     "marian-pp2.tp2": ("marian", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
     "own-pp2-zero": ("own", Layout(pipeline=2), P(schedule="InterleavedZeroBubble")),
@@ -29,6 +30,9 @@ CASES = {
 }
 SLOW = {
     "bert-pp2-gpipe": ("bert", Layout(pipeline=2), P(schedule="GPipe")),
+    "distilbert-pp2.tp2": ("distilbert", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
+    "distilbert-pp2.fsdp2": ("distilbert", Layout(pipeline=2, shard=2), P(schedule="Interleaved1F1B")),
+    "distilbert-pp2-zbv": ("distilbert", Layout(pipeline=2), P(schedule="ZBVZeroBubble")),
     "bert-pp2-interleaved": ("bert", Layout(pipeline=2), P(schedule="Interleaved1F1B")),
     "bert-pp2-zero": ("bert", Layout(pipeline=2), P(schedule="InterleavedZeroBubble")),
     "marian-pp2-late": ("marian", Layout(pipeline=2), P(split=(3, 1))),

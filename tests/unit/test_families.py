@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from eagleray.config.families import FAMILIES, BertFamily, MarianFamily, ViTFamily, parse_family
+from eagleray.config.families import FAMILIES, BertFamily, DistilBertFamily, MarianFamily, ViTFamily, parse_family
 from eagleray.config.schema import ModelConfig
 
 # Keys of transformers that follow from the data or from what the family is, so that no file may set them.
@@ -23,6 +23,10 @@ DERIVED = {
         "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "type_vocab_size", "use_cache",
         "is_decoder", "add_cross_attention", "tie_word_embeddings",
     },
+    # `qa_dropout` belongs to another head than the classifier.
+    "distilbert": {
+        "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "qa_dropout",
+    },
     # The pooler and the stride belong to other heads than the classifier.
     "vit": {"encoder_stride", "pooler_output_size", "pooler_act"},
 }  # fmt: skip
@@ -34,14 +38,16 @@ OWN_DEFAULTS = {
         "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings", "activation_function", "scale_embedding",
     },
     "bert": {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"},
+    "distilbert": {"dim", "n_layers", "n_heads", "hidden_dim"},
     "vit": {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"},
 }  # fmt: skip
 
 
 def transformers_class(family: str) -> Any:
-    from transformers import BertConfig, MarianConfig, ViTConfig
+    from transformers import BertConfig, DistilBertConfig, MarianConfig, ViTConfig
 
-    return {"marian": MarianConfig, "bert": BertConfig, "vit": ViTConfig}[family]
+    classes = {"marian": MarianConfig, "bert": BertConfig, "distilbert": DistilBertConfig, "vit": ViTConfig}
+    return classes[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +77,7 @@ def test_a_misspelt_key_is_an_error(family: str) -> None:
         (MarianFamily, {"d_model": 130, "encoder_attention_heads": 4}, "no multiple of encoder_attention_heads 4"),
         (MarianFamily, {"d_model": 129}, "d_model must be even"),
         (BertFamily, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is no multiple"),
+        (DistilBertFamily, {"dim": 10, "n_heads": 3}, "dim 10 is no multiple of n_heads 3"),
         (ViTFamily, {"image_size": 9, "patch_size": 2}, "image_size 9 is no multiple of patch_size 2"),
     ],
 )

@@ -82,6 +82,29 @@ class BertFamily(FamilyConfig):
         return self
 
 
+class DistilBertFamily(FamilyConfig):
+    """BERT without token types and pooler, with a classification head of two layers (DistilBERT)."""
+
+    task: ClassVar[str] = "text-classification"
+
+    dim: PositiveInt = Field(128, description="Width of the model.")
+    n_layers: PositiveInt = Field(2, description="Layers.")
+    n_heads: PositiveInt = Field(4, description="Attention heads of a layer.")
+    hidden_dim: PositiveInt = Field(512, description="Inner width of a layer.")
+    activation: Activation = Field("gelu", description="Activation of the feed-forward layers.")
+    dropout: Dropout = _dropout(0.1, "embeddings and of the feed-forward layers' output")
+    attention_dropout: Dropout = _dropout(0.1, "attention weights")
+    seq_classif_dropout: Dropout = _dropout(0.2, "the classification head")
+    sinusoidal_pos_embds: bool = Field(False, description="Whether positions start as sines and cosines.")
+    initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    max_position_embeddings: PositiveInt = Field(512, description="Longest input, in tokens.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        _check_heads("dim", self.dim, "n_heads", self.n_heads)
+        return self
+
+
 class ViTFamily(FamilyConfig):
     """Vision transformer with a classification head (ViT)."""
 
@@ -109,7 +132,12 @@ class ViTFamily(FamilyConfig):
         return self
 
 
-FAMILIES: dict[str, type[FamilyConfig]] = {"marian": MarianFamily, "bert": BertFamily, "vit": ViTFamily}
+FAMILIES: dict[str, type[FamilyConfig]] = {
+    "marian": MarianFamily,
+    "bert": BertFamily,
+    "distilbert": DistilBertFamily,
+    "vit": ViTFamily,
+}
 
 
 def parse_family(model: ModelConfig) -> FamilyConfig:

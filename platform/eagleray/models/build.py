@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eagleray.config.families import parse_family
 from eagleray.config.schema import ModelConfig, RunConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError
 from eagleray.hub import locate_pretrained, without_progress_bars
+from eagleray.models.families import build_family, label_keys
 from eagleray.models.initialize import initialize
 from eagleray.models.pretrained import find_weights
 from eagleray.models.sources import TensorSource, fill_from
@@ -58,7 +58,7 @@ def build_unfilled(config: RunConfig, processor: Processor) -> Unfilled:
     elif config.model.pretrained is not None:
         model, fill = _pretrained(config, processor, seed)
     else:
-        model, fill = _build_family(config, processor), partial(initialize, seed=seed)
+        model, fill = build_family(config, processor), partial(initialize, seed=seed)
     freeze(model, config.model.freeze)
     return model.train(), fill
 
@@ -182,66 +182,6 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise ConfigError("model.freeze leaves no parameter to train")
 
 
-def _build_family(config: RunConfig, processor: Any) -> nn.Module:
-    import transformers
-
-    parsed = parse_family(config.model)
-    head = task_class(config.task).head
-    if head != task_class(parsed.task).head:
-        raise ConfigError(
-            f"model.family {config.model.family} is made for the task {parsed.task}, not {config.task}"
-        )
-    keys = parsed.model_dump()
-    with torch.device("meta"):
-        if config.model.family == "marian":
-            _check_positions(config, keys["max_position_embeddings"])
-            model = transformers.MarianMTModel(_marian_config(keys, processor))
-            model.generation_config.max_new_tokens = config.data.max_target_length
-        elif config.model.family == "bert":
-            _check_positions(config, keys["max_position_embeddings"])
-            tokenizer = processor.tokenizer
-            given = {"vocab_size": len(tokenizer), "pad_token_id": int(tokenizer.pad_token_id)}
-            bert = transformers.BertConfig(**keys, **given, **_label_keys(processor))
-            model = transformers.BertForSequenceClassification(bert)
-        else:
-            model = transformers.ViTForImageClassification(
-                transformers.ViTConfig(**keys, **_label_keys(processor))
-            )
-    return model  # type: ignore[no-any-return]
-
-
-def _marian_config(keys: dict[str, Any], processor: Any) -> Any:
-    from transformers import MarianConfig
-
-    tokenizer = processor.tokenizer
-    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-    return MarianConfig(
-        **keys,
-        vocab_size=len(tokenizer),
-        pad_token_id=pad,
-        eos_token_id=eos,
-        forced_eos_token_id=None,
-        decoder_start_token_id=processor.settings.decoder_start_token_id,
-    )
-
-
-def _check_positions(config: RunConfig, num_positions: int) -> None:
-    data, seq2seq = config.data, config.model.family == "marian"
-    keys = ("max_source_length", "max_target_length") if seq2seq else ("max_source_length",)
-    for key in keys:
-        if getattr(data, key) > num_positions:
-            raise ConfigError(
-                f"data.{key} is {getattr(data, key)}, but model.config.max_position_embeddings is {num_positions}"
-            )
-
-
-def _label_keys(processor: Processor) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(processor.labels)),
-        "label2id": {label: number for number, label in enumerate(processor.labels)},
-    }
-
-
 def _auto_class(config: RunConfig) -> Any:
     import transformers
 
@@ -310,7 +250,7 @@ def _pretrained_config(config: RunConfig, processor: Processor, directory: Path)
             )
         setattr(hf_config, key, value)
     if processor.labels and tuple(hf_config.id2label.values()) != tuple(processor.labels):
-        for key, value in _label_keys(processor).items():
+        for key, value in label_keys(processor).items():
             setattr(hf_config, key, value)
     return hf_config
 

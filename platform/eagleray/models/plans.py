@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from eagleray.models.stages import BertParts, MarianParts, ViTParts
+from eagleray.models.stages import BertParts, DistilBertParts, MarianParts, ViTParts
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
 
 _BART_ATTENTION: dict[str, TensorStyle] = {
@@ -31,9 +31,9 @@ def parallel_plan(model: nn.Module) -> ParallelPlan:
         plan = own()
         assert isinstance(plan, ParallelPlan), f"{type(model).__name__}.parallel_plan() returned {type(plan)}"
         return plan
-    config = getattr(model, "config", None)
-    build = _FAMILIES.get(getattr(config, "model_type", ""))
-    return ParallelPlan() if build is None else build(config)
+    # By class: a family's other heads have other names and other things around the layers.
+    build = _PLANS.get(type(model).__name__)
+    return ParallelPlan() if build is None else build(model.config)
 
 
 def _marian(config: Any) -> ParallelPlan:
@@ -76,6 +76,24 @@ def _bert(config: Any) -> ParallelPlan:
     )
 
 
+def _distilbert(config: Any) -> ParallelPlan:
+    return ParallelPlan(
+        layers=("distilbert.transformer.layer",),
+        tensor={
+            "distilbert.embeddings.word_embeddings": "vocab",
+            "*.layer.*.attention": "region",
+            "*.layer.*.attention.[qkv]_lin": "colwise",
+            "*.layer.*.attention.out_lin": "rowwise",
+            "*.layer.*.ffn.lin1": "colwise",
+            "*.layer.*.ffn.lin2": "rowwise",
+            "*.layer.*_layer_norm": "norm",
+        },
+        divisible={"n_heads": config.n_heads, "hidden_dim": config.hidden_dim},
+        sequence=True,
+        pipeline=DistilBertParts,
+    )
+
+
 def _vit(config: Any) -> ParallelPlan:
     return ParallelPlan(
         layers=("vit.layers",),
@@ -97,4 +115,9 @@ def _encoder_numbers(config: Any) -> dict[str, int]:
     return {"num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
 
 
-_FAMILIES: dict[str, Callable[[Any], ParallelPlan]] = {"marian": _marian, "bert": _bert, "vit": _vit}
+_PLANS: Mapping[str, Callable[[Any], ParallelPlan]] = {
+    "MarianMTModel": _marian,
+    "BertForSequenceClassification": _bert,
+    "DistilBertForSequenceClassification": _distilbert,
+    "ViTForImageClassification": _vit,
+}

@@ -89,6 +89,37 @@ class BertParts:
         return SequenceClassifierOutput(logits=self._model.classifier(pooled))
 
 
+class DistilBertParts:
+    """DistilBERT with a classification head."""
+
+    embed_modules = (("distilbert.embeddings",),)
+    head_modules = ("pre_classifier", "classifier")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Embed tokens and positions."""
+        embeddings: Tensor = self._model.distilbert.embeddings(inputs["input_ids"])
+        return embeddings
+
+    def arguments(self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]) -> Arguments:
+        """Return the mask."""
+        from transformers.masking_utils import create_bidirectional_mask
+
+        mask = inputs.get("attention_mask")
+        return (
+            create_bidirectional_mask(config=self._model.config, inputs_embeds=hidden, attention_mask=mask),
+        ), {}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Classify by the first token."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        pooled = self._model.dropout(F.relu(self._model.pre_classifier(hidden[:, 0])))
+        return SequenceClassifierOutput(logits=self._model.classifier(pooled))
+
+
 class ViTParts:
     """ViT with a classification head."""
 
