@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from eagleray.models.initialize import initialize, materialize
 from eagleray.parallel import Fill, ParallelPlan
+from eagleray.parallel.plan import PipelineParts
 
 SEED = 7
-SEQ2SEQ = ("marian",)
+SEQ2SEQ = ("marian", "t5")
 IGNORED = -100
 
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-class OwnParts:
+class OwnParts(PipelineParts):
     """What `OwnModel` does around its blocks."""
 
     embed_modules = (("embed",),)
@@ -93,6 +94,11 @@ KEYS: dict[str, dict[str, Any]] = {
         "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
         "dropout": 0.0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "scale_embedding": True,
     },
+    "t5": {
+        "vocab_size": 36, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2,
+        "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6,
+        "dropout_rate": 0.0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    },
     "bert": {
         "vocab_size": 36, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
         "intermediate_size": 24, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
@@ -125,6 +131,7 @@ def _classes(family: str) -> tuple[Any, Any]:
 
     return {
         "marian": (t.MarianConfig, t.MarianMTModel),
+        "t5": (t.T5Config, t.T5ForConditionalGeneration),
         "bert": (t.BertConfig, t.BertForSequenceClassification),
         "distilbert": (t.DistilBertConfig, t.DistilBertForSequenceClassification),
         "vit": (t.ViTConfig, t.ViTForImageClassification),

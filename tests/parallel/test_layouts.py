@@ -44,10 +44,12 @@ SAMPLE = {
     ("bert", "hsdp2x2", "plain"),
     ("vit", "ddp2.tp2", "plain"),
     ("own", "fsdp2.tp2", "both"),
+    ("t5", "fsdp2", "recompute"),
+    ("t5", "tp2", "both"),
     ("distilbert", "fsdp2", "plain"),
     ("distilbert", "tp2", "both"),
 }
-FAMILIES = ("marian", "bert", "distilbert", "vit", "own")
+FAMILIES = ("marian", "t5", "bert", "distilbert", "vit", "own")
 CASES = [
     (family, layout, options)
     for family, layout, options in product(FAMILIES, LAYOUTS, OPTIONS)
@@ -56,7 +58,7 @@ CASES = [
 
 
 def test_the_matrix_covers_what_it_says() -> None:
-    assert len(CASES) == 5 * (5 * 3 + 4 * 5)
+    assert len(CASES) == 6 * (5 * 3 + 4 * 5)
     assert {(family, str(layout), options) for family, layout, options in CASES} >= SAMPLE
 
 

@@ -21,6 +21,8 @@ CASES = {
     "marian-pp2-split": ("marian", Layout(pipeline=2), P(split=(1, 3), activation_checkpointing="full")),
     "bert-pp2-zbv": ("bert", Layout(pipeline=2), P(schedule="ZBVZeroBubble")),
     "vit-pp2-gpipe": ("vit", Layout(pipeline=2), P(schedule="GPipe", num_microbatches=2)),
+    "t5-pp2": ("t5", Layout(pipeline=2), P()),
+    "t5-pp2.fsdp2": ("t5", Layout(pipeline=2, shard=2), P(split=(1, 3))),
     "distilbert-pp2": ("distilbert", Layout(pipeline=2), P()),
     "marian-pp2.fsdp2": ("marian", Layout(pipeline=2, shard=2), P()),
     "marian-pp2.tp2": ("marian", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
@@ -30,6 +32,10 @@ CASES = {
 }
 SLOW = {
     "bert-pp2-gpipe": ("bert", Layout(pipeline=2), P(schedule="GPipe")),
+    "t5-pp2-late": ("t5", Layout(pipeline=2), P(split=(3, 1), activation_checkpointing="full")),
+    "t5-pp2-interleaved": ("t5", Layout(pipeline=2), P(schedule="Interleaved1F1B")),
+    "t5-pp2.tp2": ("t5", Layout(pipeline=2, tensor=2), P(split=(1, 3), sequence_parallel=True)),
+    "t5-pp4": ("t5", Layout(pipeline=4), P(num_microbatches=8)),
     "distilbert-pp2.tp2": ("distilbert", Layout(pipeline=2, tensor=2), P(sequence_parallel=True)),
     "distilbert-pp2.fsdp2": ("distilbert", Layout(pipeline=2, shard=2), P(schedule="Interleaved1F1B")),
     "distilbert-pp2-zbv": ("distilbert", Layout(pipeline=2), P(schedule="ZBVZeroBubble")),

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from eagleray.config.families import FAMILIES, BertFamily, DistilBertFamily, MarianFamily, ViTFamily, parse_family
+from eagleray.config.families import (
+    FAMILIES,
+    BertFamily,
+    DistilBertFamily,
+    MarianFamily,
+    T5Family,
+    ViTFamily,
+    parse_family,
+)
 from eagleray.config.schema import ModelConfig
 
 # Keys of transformers that follow from the data or from what the family is, so that no file may set them.
@@ -18,6 +26,12 @@ DERIVED = {
         "is_decoder", "is_encoder_decoder", "use_cache",
         # Drops whole layers at random: their parameters get no gradient, which DDP forbids.
         "encoder_layerdrop", "decoder_layerdrop",
+    },
+    "t5": {
+        "vocab_size", "decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id", "is_decoder",
+        "is_encoder_decoder", "tie_word_embeddings", "use_cache",
+        # It belongs to another head than the translator's.
+        "classifier_dropout",
     },
     "bert": {
         "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "type_vocab_size", "use_cache",
@@ -37,6 +51,7 @@ OWN_DEFAULTS = {
         "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
         "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings", "activation_function", "scale_embedding",
     },
+    "t5": {"d_model", "d_ff", "num_layers", "num_decoder_layers", "num_heads"},
     "bert": {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"},
     "distilbert": {"dim", "n_layers", "n_heads", "hidden_dim"},
     "vit": {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"},
@@ -44,10 +59,10 @@ OWN_DEFAULTS = {
 
 
 def transformers_class(family: str) -> Any:
-    from transformers import BertConfig, DistilBertConfig, MarianConfig, ViTConfig
+    import transformers
 
-    classes = {"marian": MarianConfig, "bert": BertConfig, "distilbert": DistilBertConfig, "vit": ViTConfig}
-    return classes[family]
+    names = {"marian": "Marian", "t5": "T5", "bert": "Bert", "distilbert": "DistilBert", "vit": "ViT"}
+    return getattr(transformers, f"{names[family]}Config")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +93,7 @@ def test_a_misspelt_key_is_an_error(family: str) -> None:
         (MarianFamily, {"d_model": 129}, "d_model must be even"),
         (BertFamily, {"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is no multiple"),
         (DistilBertFamily, {"dim": 10, "n_heads": 3}, "dim 10 is no multiple of n_heads 3"),
+        (T5Family, {"relative_attention_max_distance": 16}, "16 must be above half of .*num_buckets 32"),
         (ViTFamily, {"image_size": 9, "patch_size": 2}, "image_size 9 is no multiple of patch_size 2"),
     ],
 )

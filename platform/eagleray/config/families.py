@@ -57,6 +57,40 @@ class MarianFamily(FamilyConfig):
         return self
 
 
+class T5Family(FamilyConfig):
+    """Encoder-decoder transformer with relative positions and one shared embedding (T5)."""
+
+    task: ClassVar[str] = "translation"
+
+    d_model: PositiveInt = Field(256, description="Width of the model.")
+    d_kv: PositiveInt = Field(64, description="Width of an attention head.")
+    d_ff: PositiveInt = Field(1024, description="Inner width of a layer.")
+    num_layers: PositiveInt = Field(3, description="Layers of the encoder.")
+    num_decoder_layers: PositiveInt | None = Field(None, description="Layers of the decoder; null: num_layers.")
+    num_heads: PositiveInt = Field(4, description="Attention heads of a layer.")
+    relative_attention_num_buckets: int = Field(
+        32, ge=4, description="Rows of the table of relative position biases."
+    )
+    relative_attention_max_distance: PositiveInt = Field(
+        128, description="Distance beyond which tokens share a bias, in tokens."
+    )
+    dropout_rate: Dropout = _dropout(0.1, "embeddings, attention weights and of every sub-layer's output")
+    layer_norm_epsilon: PositiveFloat = Field(1e-6, description="Term of the norms for numerical stability.")
+    initializer_factor: PositiveFloat = Field(1.0, description="Factor on the spread of the initial weights.")
+    feed_forward_proj: Literal["relu", "gelu", "gelu_new", "silu", "gated-relu", "gated-gelu", "gated-silu"] = (
+        Field("relu", description="Activation of the feed-forward layers; gated ones have two inner projections.")
+    )
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> Self:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            raise ValueError(
+                f"relative_attention_max_distance {self.relative_attention_max_distance} must be above half of "
+                f"relative_attention_num_buckets {self.relative_attention_num_buckets}"
+            )
+        return self
+
+
 class BertFamily(FamilyConfig):
     """Bidirectional transformer encoder with a classification head (BERT)."""
 
@@ -134,6 +168,7 @@ class ViTFamily(FamilyConfig):
 
 FAMILIES: dict[str, type[FamilyConfig]] = {
     "marian": MarianFamily,
+    "t5": T5Family,
     "bert": BertFamily,
     "distilbert": DistilBertFamily,
     "vit": ViTFamily,

@@ -51,7 +51,7 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """The model: one of `family`, `pretrained` and `factory`."""
 
-    family: Literal["marian", "bert", "distilbert", "vit"] | None = Field(
+    family: Literal["marian", "t5", "bert", "distilbert", "vit"] | None = Field(
         None, description="Architecture that is built from scratch."
     )
     pretrained: str | None = Field(

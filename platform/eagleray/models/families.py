@@ -50,6 +50,12 @@ def _marian(keys: Mapping[str, Any], processor: Any) -> nn.Module:
     return MarianMTModel(MarianConfig(**keys, **_seq2seq_keys(processor), forced_eos_token_id=None))  # type: ignore[no-any-return]
 
 
+def _t5(keys: Mapping[str, Any], processor: Any) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(T5Config(**keys, **_seq2seq_keys(processor)))  # type: ignore[no-any-return]
+
+
 def _bert(keys: Mapping[str, Any], processor: Any) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -98,6 +104,7 @@ def _check_positions(config: RunConfig, keys: Mapping[str, Any]) -> None:
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Any], nn.Module]] = {
     "marian": _marian,
+    "t5": _t5,
     "bert": _bert,
     "distilbert": _distilbert,
     "vit": _vit,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from eagleray.models.stages import BertParts, DistilBertParts, MarianParts, ViTParts
+from eagleray.models.stages import BertParts, DistilBertParts, MarianParts, T5Parts, ViTParts
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
 
 _BART_ATTENTION: dict[str, TensorStyle] = {
@@ -53,6 +53,33 @@ def _marian(config: Any) -> ParallelPlan:
         },
         sequence=True,
         pipeline=MarianParts,
+    )
+
+
+def _t5(config: Any) -> ParallelPlan:
+    biases = tuple(
+        f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias" for side in ("encoder", "decoder")
+    )
+    return ParallelPlan(
+        layers=("encoder.block", "decoder.block"),
+        tensor={
+            "shared": "vocab",
+            "*.embed_tokens": "vocab",
+            "*.block.*Attention": "region",
+            "*.block.*Attention.[qkv]": "colwise",
+            "*.block.*Attention.relative_attention_bias": "colwise",
+            "*.block.*Attention.o": "rowwise",
+            "*.block.*.wi": "colwise",
+            "*.block.*.wi_[01]": "colwise",
+            "*.block.*.wo": "rowwise",
+            "*.block.*.layer_norm": "norm",
+            "lm_head": "vocab_head",
+        },
+        divisible={"num_heads": config.num_heads, "d_ff": config.d_ff},
+        divided={"*.block.*Attention": "n_heads"},
+        read_by_layers=biases,
+        sequence=True,
+        pipeline=T5Parts,
     )
 
 
@@ -117,6 +144,7 @@ def _encoder_numbers(config: Any) -> dict[str, int]:
 
 _PLANS: Mapping[str, Callable[[Any], ParallelPlan]] = {
     "MarianMTModel": _marian,
+    "T5ForConditionalGeneration": _t5,
     "BertForSequenceClassification": _bert,
     "DistilBertForSequenceClassification": _distilbert,
     "ViTForImageClassification": _vit,

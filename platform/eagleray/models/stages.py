@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eagleray.parallel.plan import PipelineParts
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class MarianParts:
+class MarianParts(PipelineParts):
     """Encoder and decoder of Marian (and BART's kin with post-norm layers)."""
 
     embed_modules = (
@@ -56,7 +58,53 @@ class MarianParts:
         return Seq2SeqLMOutput(logits=self._model.lm_head(hidden) + self._model.final_logits_bias)
 
 
-class BertParts:
+class T5Parts(PipelineParts):
+    """Encoder and decoder of T5; every stage makes its position biases from its own copy of their table."""
+
+    embed_modules = (("encoder.embed_tokens",), ("encoder.final_layer_norm", "decoder.embed_tokens"))
+    head_modules = ("decoder.final_layer_norm", "lm_head")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
+        """Embed tokens; positions come with the biases of the attention."""
+        side = self._model.decoder if part else self._model.encoder
+        embedded: Tensor = side.dropout(side.embed_tokens(inputs["decoder_input_ids" if part else "input_ids"]))
+        return embedded
+
+    def memory(self, hidden: Tensor) -> Tensor:
+        """Close the encoder."""
+        encoder = self._model.encoder
+        closed: Tensor = encoder.dropout(encoder.final_layer_norm(hidden))
+        return closed
+
+    def arguments(self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]) -> Arguments:
+        """Return the masks and biases, and in the decoder the encoder's result."""
+        from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+        side, mask = self._model.decoder if part else self._model.encoder, inputs["attention_mask"]
+        keys = {"config": side.config, "inputs_embeds": hidden}
+        length = hidden.shape[1]
+        attention = side.get_submodule("block.0.layer.0.SelfAttention")
+        bias = attention.compute_bias(length, length, device=hidden.device)
+        if part == 0:
+            return (create_bidirectional_mask(attention_mask=mask, **keys), bias), {}
+        own = create_causal_mask(attention_mask=None, past_key_values=None, **keys)
+        cross = create_bidirectional_mask(attention_mask=mask, encoder_hidden_states=memory, **keys)
+        return (own, bias, memory, cross), {}
+
+    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Close the decoder and project to the vocabulary."""
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        model = self._model
+        closed = model.decoder.dropout(model.decoder.final_layer_norm(hidden))
+        scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
+        return Seq2SeqLMOutput(logits=model.lm_head(closed * scale))
+
+
+class BertParts(PipelineParts):
     """BERT with a classification head."""
 
     embed_modules = (("bert.embeddings",),)
@@ -89,7 +137,7 @@ class BertParts:
         return SequenceClassifierOutput(logits=self._model.classifier(pooled))
 
 
-class DistilBertParts:
+class DistilBertParts(PipelineParts):
     """DistilBERT with a classification head."""
 
     embed_modules = (("distilbert.embeddings",),)
@@ -120,7 +168,7 @@ class DistilBertParts:
         return SequenceClassifierOutput(logits=self._model.classifier(pooled))
 
 
-class ViTParts:
+class ViTParts(PipelineParts):
     """ViT with a classification head."""
 
     embed_modules = (("vit.embeddings",),)

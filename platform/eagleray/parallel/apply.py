@@ -137,6 +137,8 @@ def _cut_and_shard(
         if unit is not model:
             recompute(unit, options.activation_checkpointing)
             if sharding is not None:
+                for name in modules.keys() & set(plan.read_by_layers) if layout.pipeline > 1 else ():
+                    sharding.wrap_layer(modules[name])  # a stage reads it before its layer runs
                 sharding.wrap_layer(unit)
     if tensor is not None:
         tensor.cut_sequence(model)

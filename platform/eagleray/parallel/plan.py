@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
+from eagleray.parallel.remnants import Remnant
 
 TensorStyle = Literal["colwise", "colwise_gather", "rowwise", "region", "vocab", "vocab_head", "norm", "partial"]
 """How tensor parallelism treats a module (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053).
 
-- `colwise`: a Linear cut by its output features; its output stays cut.
+- `colwise`: a Linear, or an Embedding, cut by its output features; its output stays cut.
 - `colwise_gather`: the same, and the output is put together again.
 - `rowwise`: a Linear cut by its input features; outputs are summed over the group.
 - `region`: a module whose Linears are `colwise` and share one input (attention): the input's gradient is summed
@@ -31,7 +32,7 @@ TensorStyle = Literal["colwise", "colwise_gather", "rowwise", "region", "vocab",
 
 
 class PipelineParts(Protocol):
-    """What a model does before, between and behind its layers, so that it can be run stage by stage."""
+    """What a model does before, between and behind its layers, so that stages can run it. To be subclassed."""
 
     @property
     def embed_modules(self) -> tuple[tuple[str, ...], ...]:
@@ -53,6 +54,10 @@ class PipelineParts(Protocol):
         """Return what every layer of a list gets behind the stream: masks, the encoder's result (`memory`)."""
         ...
 
+    def memory(self, hidden: Tensor) -> Tensor:
+        """Return what a decoder reads of the encoder's last layer; called where the decoder's first layer is."""
+        return hidden
+
     def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
         """Turn the last layer's result into what the whole model returns."""
         ...
@@ -68,6 +73,10 @@ class ParallelPlan:
         tensor: Style of each module under tensor parallelism, by shell pattern of its name; the first match
             counts.
         divisible: Numbers that the tensor-parallel degree must divide, by their names.
+        divided: Attribute of modules that tensor parallelism divides by its degree, a number of heads, by shell
+            pattern of their names; where a module computes with the heads of its weights alone, none is needed.
+        read_by_layers: Names of modules in a layer that the other layers of its list read, too (relative position
+            biases): every stage that runs some of these layers holds them.
         sequence: Whether the residual stream of the layers may be cut along the sequence, dim 1 of each layer's
             first argument and of its result.
         pipeline: What stands around the layers, made from the model; None: it cannot be cut into stages.
@@ -77,6 +86,8 @@ class ParallelPlan:
     layers: tuple[str, ...] = ()
     tensor: Mapping[str, TensorStyle] = field(default_factory=dict)
     divisible: Mapping[str, int] = field(default_factory=dict)
+    divided: Mapping[str, str] = field(default_factory=dict)
+    read_by_layers: tuple[str, ...] = ()
     sequence: bool = False
     pipeline: Callable[[nn.Module], PipelineParts] | None = None
     no_tensor: str | None = None
@@ -84,6 +95,10 @@ class ParallelPlan:
     def style(self, name: str) -> TensorStyle | None:
         """Return the style of a module by its name, None if tensor parallelism leaves it alone."""
         return next((style for pattern, style in self.tensor.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+    def divided_by(self, name: str) -> list[str]:
+        """Return the attributes of a module that tensor parallelism divides."""
+        return [attribute for pattern, attribute in self.divided.items() if fnmatch.fnmatchcase(name, pattern)]
 
     def named_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yield the layers that a model holds, with their names, in the order in which they run.
@@ -98,7 +113,7 @@ class ParallelPlan:
 
     @staticmethod
     def layer_list(model: nn.Module, name: str) -> dict[str, nn.Module]:
-        """Return one list of layers, by number; a pipeline stage holds some of the numbers."""
+        """Return one list of layers, by number; a pipeline stage runs some of the numbers."""
         try:
             found = model.get_submodule(name)
         except AttributeError:
@@ -108,7 +123,7 @@ class ParallelPlan:
                 f"the plan names the layers {name!r}: {type(model).__name__} has no list of modules there",
                 "give the name of an nn.ModuleList",
             )
-        return dict(found.named_children())
+        return {name: layer for name, layer in found.named_children() if not isinstance(layer, Remnant)}
 
 
 def check_tensor_plan(plan: ParallelPlan, layout: Layout, *, sequence_parallel: bool = False) -> None:

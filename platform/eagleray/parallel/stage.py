@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eagleray.parallel.collectives import contiguous_gradient
 from eagleray.parallel.plan import ParallelPlan
+from eagleray.parallel.remnants import Absent, Remnant
 
 Inputs = Mapping[str, Any]
 """The keywords that the task's loss calls the model with."""
@@ -91,7 +92,8 @@ class Stage(nn.Module):
         for index in self.layers:
             part, number = self._places[index]
             if part != previous:
-                memory, previous, arguments = hidden, part, None
+                memory = None if hidden is None else self._parts.memory(hidden)
+                previous, arguments = part, None
                 hidden = self._parts.embed(part, inputs)
             assert hidden is not None
             if arguments is None:
@@ -150,28 +152,42 @@ def prune(model: nn.Module, plan: ParallelPlan, layers: range) -> None:
     parts = plan.pipeline(model)
     kept, start = set[str](), 0
     for list_name, embeds in zip(plan.layers, parts.embed_modules, strict=True):
-        own = plan.layer_list(model, list_name)
+        size = len(plan.layer_list(model, list_name))
         if start in layers:
             kept |= set(embeds)
-        numbers = {str(index - start) for index in layers if start <= index < start + len(own)}
-        _set_module(model, list_name, nn.ModuleDict({number: own[number] for number in sorted(numbers, key=int)}))
-        start += len(own)
+        numbers = {str(index - start) for index in layers if start <= index < start + size}
+        kept |= _keep_layers(model, plan, list_name, numbers)
+        start += size
     if layers.stop == start:
         kept |= set(parts.head_modules)
     _drop_others(model, plan, kept)
 
 
+def _keep_layers(model: nn.Module, plan: ParallelPlan, list_name: str, numbers: set[str]) -> set[str]:
+    """Take the other layers out of a list; return names of modules in them that the layers that stay read."""
+    own = plan.layer_list(model, list_name)
+    read = {name for name in plan.read_by_layers if numbers and name.startswith(f"{list_name}.")}
+    stack: dict[str, nn.Module] = {}
+    for number, layer in own.items():
+        if number in numbers:
+            stack[number] = layer
+        elif any(name.startswith(f"{list_name}.{number}.") for name in read):
+            stack[number] = Remnant(layer)
+    _set_module(model, list_name, nn.ModuleDict(stack))
+    return read
+
+
 def _drop_others(model: nn.Module, plan: ParallelPlan, kept: set[str]) -> None:
     """Replace modules with parameters that are neither in a layer nor kept, unless a kept one shares them."""
     needed = {p for name in kept for p in model.get_submodule(name).parameters()}
+    layers = [name for name, _ in plan.named_layers(model)]
     for name, module in list(model.named_modules()):
         if module not in set(model.modules()):
             continue  # inside of one that is out already
         own = set(module.parameters(recurse=False))
-        in_layer = any(name.startswith(f"{layers}.") for layers in plan.layers)
-        is_kept = any(name == keep or name.startswith(f"{keep}.") for keep in kept)
-        if own and name and not in_layer and not is_kept and not own <= needed:
-            _set_module(model, name, nn.Identity())
+        stays = any(name == keep or name.startswith(f"{keep}.") for keep in [*layers, *kept])
+        if own and name and not stays and not own <= needed:
+            _set_module(model, name, Absent(module))
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

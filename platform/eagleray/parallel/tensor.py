@@ -20,6 +20,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from eagleray.errors import ConfigError
 from eagleray.parallel import collectives
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
+from eagleray.parallel.remnants import Absent
 
 _CUT_DIM: Mapping[TensorStyle, int] = {
     "colwise": 0,
@@ -51,8 +52,10 @@ class TensorParallel:
         """Cut modules by the style of their names; parameters that are shared stay shared."""
         for name, module in modules:
             style = self._plan.style(name)
-            if style is not None and not isinstance(module, nn.Identity):  # what another stage holds
+            if style is not None and not isinstance(module, Absent):
                 self._apply(style, name, module)
+            for attribute in self._plan.divided_by(name):
+                setattr(module, attribute, getattr(module, attribute) // self._group.size())
 
     def cut_sequence(self, model: nn.Module) -> None:
         """Cut the residual stream before the first layer of each list and put it together after the last."""
@@ -71,6 +74,9 @@ class TensorParallel:
                 _replace_forward(module, partial(_forward_partial, module, module.forward, self._group))
         elif style in ("vocab", "vocab_head"):
             self._apply_vocab(style, name, module)
+        elif isinstance(module, nn.Embedding) and style == "colwise":
+            self._distribute(module, 1, name)
+            _replace_forward(module, partial(_forward_columns, module))
         elif isinstance(module, nn.Linear):
             self._distribute(module, _CUT_DIM[style], name)
             _replace_forward(module, partial(self._linear_forward(style, name), module))
@@ -202,6 +208,10 @@ def _forward_embedding(module: nn.Embedding, group: dist.ProcessGroup, ids: Tens
     if module.padding_idx is not None:  # its row gets no gradient from here
         rows = rows.detach().where((ids == module.padding_idx).unsqueeze(-1), rows)
     return collectives.sum_over(rows.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+
+
+def _forward_columns(module: nn.Embedding, ids: Tensor) -> Tensor:
+    return F.embedding(ids, _local(module.weight), module.padding_idx)
 
 
 def _forward_partial(
