@@ -12,11 +12,14 @@ from typing import Any
 from eagleray.engine import load_engine
 from eagleray.errors import UsageError
 from eagleray.hub import without_progress_bars
+from eagleray.models.base import BASE_FILE
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.registry import Registry
+from eagleray_jobs.adapter_files import write_adapter
 from eagleray_jobs.model_card import model_card
 
-_WRITTEN_BY_THE_MODEL = {"config.json", "generation_config.json"}
+# The model writes its own; and what is written here needs no base.
+_LEFT_OUT = {"config.json", "generation_config.json", BASE_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class ExportReport:
 def export_model(registry: Registry, ref: str, directory: str | Path) -> ExportReport:
     """Write a version as a directory that Hugging Face opens: config, safetensors, tokenizer and a model card.
 
+    The weights are whole; an adapter that was trained also stands alone in the folder `adapter`, as peft opens it.
     The directory appears whole or not at all.
 
     Args:
@@ -68,9 +72,10 @@ def export_model(registry: Registry, ref: str, directory: str | Path) -> ExportR
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    files = sorted(target.iterdir())
+    files = sorted(path for path in target.rglob("*") if path.is_file())
     size_bytes = sum(path.stat().st_size for path in files)
-    return ExportReport(checkpoint.ref, str(target), tuple(path.name for path in files), size_bytes)
+    names = tuple(str(path.relative_to(target)) for path in files)
+    return ExportReport(checkpoint.ref, str(target), names, size_bytes)
 
 
 def _write(checkpoint: Checkpoint, directory: Path) -> None:
@@ -78,8 +83,10 @@ def _write(checkpoint: Checkpoint, directory: Path) -> None:
     with without_progress_bars():
         model.save_pretrained(directory)
     for name, data in checkpoint.files().items():
-        if name not in _WRITTEN_BY_THE_MODEL:
+        if name not in _LEFT_OUT:
             (directory / name).write_bytes(data)
+    if checkpoint.config().model.adapter is not None:
+        write_adapter(checkpoint, model, directory / "adapter")
     (directory / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,16 @@ def read_model_config(directory: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is no JSON object")
     return config
+
+
+def hash_weights(directory: Path) -> str:
+    """Return a SHA-256 of a checkpoint's weights: of the names and contents of its safetensors files."""
+    whole = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{path.name} {digest}\n".encode())
+    return whole.hexdigest()
 
 
 @contextmanager

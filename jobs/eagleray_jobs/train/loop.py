@@ -71,7 +71,7 @@ class _Loop:
             counts = self.pipeline.holds_last and parts.mesh.get_local_rank("tp") == 0
             computes = replace(coordinate, counts=counts)
         self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, computes, parts.device)
-        self.state = TrainState(module, optimizer, self.step.scaler)
+        self.state = TrainState(module, optimizer, self.step.scaler, spec.config.model.adapter)
         self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
         self.goal = Goal.of(config, parts.task.best_metric)
         # In a pipeline every rank has the whole model while it is evaluated, and answers rows of its own.

@@ -58,4 +58,6 @@ def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> li
         # One kernel updates a whole group, and cannot mix tensors that are cut over different ranks.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((weight_decay if parameter.ndim >= 2 else 0.0, mesh), []).append(parameter)
-    return [{"params": members, "weight_decay": decay} for (decay, _), members in groups.items()]
+    found = [{"params": members, "weight_decay": decay} for (decay, _), members in groups.items()]
+    # A stage of a pipeline may train nothing, and an optimizer refuses to have no group at all.
+    return found or [{"params": [], "weight_decay": 0.0}]

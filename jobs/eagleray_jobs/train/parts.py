@@ -13,13 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from eagleray.errors import ConfigError
 from eagleray.models import (
-    Unfilled,
+    Base,
+    base_tensors,
     build_unfilled,
     check_fit,
     initialize,
     load_weights,
     model_files,
-    stored_tensors,
+    pretrained_base,
+    set_adapters,
 )
 from eagleray.parallel import Fill, ParallelOptions, build_mesh, check_supported
 from eagleray.store.checkpoint import Checkpoint
@@ -104,7 +106,7 @@ def assemble(
     processor = task.load_processor(data.processor_files)
     exchange = Exchange(spec.train.ddp_timeout)
     resume = find_resume(spec.run, exchange)
-    model, fill = _build(spec, processor, device, resume, exchange)
+    model, fill, base = _build(spec, processor, device, resume, exchange)
     return Parts(
         model=model,
         task=task,
@@ -114,7 +116,7 @@ def assemble(
         device=device,
         mesh=build_mesh(spec.layout, device.type, timeout_s=spec.train.ddp_timeout),
         exchange=exchange,
-        files=model_files(model, spec.config, processor),
+        files=model_files(model, spec.config, processor) | (base.to_files() if base else {}),
         fill=fill,
         saver=CheckpointSaver(
             None, spec.run, layout=spec.layout, config=spec.config, best_metric=goal.best_metric
@@ -127,19 +129,51 @@ def assemble(
 
 def _build(
     spec: WorkerSpec, processor: Processor, device: torch.device, resume: Checkpoint | None, exchange: Exchange
-) -> Unfilled:
-    """Build the model; its weights come with `resume`, from the version that the run starts from, or are new."""
+) -> tuple[nn.Module, Fill | None, Base | None]:
+    """Build the model; its weights come with `resume`, from the version that the run starts from, or are new.
+
+    The weights under an adapter never come with `resume`, which does not hold them; they are returned as its base.
+    """
     model, fill = build_unfilled(spec.config, processor)
-    start = None
-    if resume is None and spec.train.init_from is not None:
+    adapter = spec.config.model.adapter
+    start = base = None
+    if adapter is not None:
+        start, base = _find_base(spec, resume, exchange)
+    elif resume is None and spec.train.init_from is not None:
         start = find_start(spec.train.init_from, spec.run, exchange)
     if fill is None:
         if start is not None:
             load_weights(model, start.tensors())
-        return model.to(device), None
-    if resume is not None:
-        return model, partial(initialize, seed=None)  # what no checkpoint holds
-    return model, fill if start is None else start_from(model, start, exchange)
+        return model.to(device), None, base
+    if resume is not None and adapter is None:
+        return model, partial(initialize, seed=None), base  # what no checkpoint holds
+    return model, fill if start is None else start_from(model, start, exchange, spec.train.seed), base
+
+
+def _find_base(
+    spec: WorkerSpec, resume: Checkpoint | None, exchange: Exchange
+) -> tuple[Checkpoint | None, Base | None]:
+    """Find what an adapter stands on: a version, a pretrained checkpoint, or neither, where the seed makes it.
+
+    Raises:
+        ConfigError: The run goes on, and what its adapter stood on is another one now.
+    """
+    ref, start, found = spec.train.init_from, None, None
+    if ref is None and spec.config.model.pretrained is None:
+        return None, None
+    known = None if resume is None else Base.from_files(resume.files(), resume.ref)
+    if ref is not None:
+        start = find_start(known.source if known else ref, spec.run, exchange)
+        found = Base(start.ref, start.manifest.sha256)
+    else:
+        found = exchange.broadcast(pretrained_base(spec.config) if exchange.rank == 0 else None)
+    if known is not None and found != known:
+        raise ConfigError(
+            f"the run's adapter stands on {known.source} with SHA-256 {known.sha256}, and {found.source} has "
+            f"{found.sha256} now",
+            "bring the weights back that it was trained on, or begin anew with --new-run",
+        )
+    return start, found
 
 
 def find_resume(run: RunHandle, exchange: Exchange) -> Checkpoint | None:
@@ -154,14 +188,24 @@ def find_start(ref: str, run: RunHandle, exchange: Exchange) -> Checkpoint:
 
     Raises:
         NotFoundError: There is no such version.
+        ConfigError: It holds an adapter alone.
     """
     registry = Registry(run.store)
     full_ref: str = exchange.broadcast(registry.resolve(ref) if exchange.rank == 0 else None)
-    return registry.open(full_ref)
+    checkpoint = registry.open(full_ref)
+    adapter = checkpoint.config().model.adapter
+    if adapter is not None and adapter.commit == "adapter":
+        raise ConfigError(
+            f"train.init_from: {full_ref} holds an adapter alone, without the weights that it stands on",
+            "export it, and start from the export: model.pretrained",
+        )
+    return checkpoint
 
 
-def start_from(model: nn.Module, start: Checkpoint, exchange: Exchange) -> Fill:
+def start_from(model: nn.Module, start: Checkpoint, exchange: Exchange, seed: int) -> Fill:
     """Return what gives a model on `meta`, or a stage of it, the weights of a version; each rank reads its part.
+
+    A new adapter follows from the seed.
 
     Raises:
         CheckpointDamagedError: The weights of the version do not fit the model.
@@ -171,7 +215,8 @@ def start_from(model: nn.Module, start: Checkpoint, exchange: Exchange) -> Fill:
 
     def fill(part: nn.Module) -> None:
         initialize(part, None)
-        own = stored_tensors(part)
+        set_adapters(part, seed)
+        own = base_tensors(part)
         start.load_into({f"{MODEL_PREFIX}{name}": tensor for name, tensor in own.items()}, exchange.group)
 
     return fill

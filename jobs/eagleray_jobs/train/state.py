@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from eagleray.config.schema import AdapterConfig
 from eagleray.errors import CheckpointDamagedError
+from eagleray.lora import is_factor, merged
 from eagleray.models import stored_tensors
 from eagleray_jobs.train.optimizer import create_state
 from eagleray_jobs.train.progress import Progress
@@ -46,16 +48,32 @@ class TrainState:
         module: The model itself, not its DDP wrapper.
         optimizer: Over the trained parameters of `module`.
         scaler: The loss scale of float16; its state is part of exact resume.
+        adapter: What the file says of an adapter. The weights that it stands on are not part of the state: they
+            come from where they came from at the start.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        adapter: AdapterConfig | None = None,
+    ) -> None:
         self._module = module
         self._optimizer = optimizer
         self._scaler = scaler
+        self._adapter = adapter
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the live tensors: `model.<name>`, and `optim.<name>.<state>` of trained parameters."""
-        return self._model_tensors() | self._optimizer_tensors()
+        """Return what a checkpoint holds; collective, since an adapter may have to be added to its weights.
+
+        `model.<name>`, and `optim.<name>.<state>` of trained parameters. The matrices of an adapter that is merged
+        are `adapter.<name>`.
+        """
+        if self._adapter is None or self._adapter.commit == "adapter":
+            return self._live_tensors()
+        whole = merged(stored_tensors(self._module), self._adapter.scale)
+        return {f"model.{name}": tensor for name, tensor in whole.items()} | self._live_tensors()
 
     def record(self, progress: Progress) -> dict[str, Any]:
         """Return what goes into `state.json`."""
@@ -77,13 +95,20 @@ class TrainState:
         except KeyError as error:
             raise CheckpointDamagedError(f"{checkpoint.ref}: state.json has no {error}") from error
         create_state(self._optimizer)
-        checkpoint.load_into(self.tensors(), process_group)
+        checkpoint.load_into(self._live_tensors(), process_group)
         if loss_scale is not None:
             self._scaler.load_state_dict(loss_scale)
         return progress
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        return {f"model.{name}": tensor for name, tensor in stored_tensors(self._module).items()}
+    def _live_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint is loaded into."""
+        found = self._optimizer_tensors()
+        frozen = {name for name, parameter in self._module.named_parameters() if not parameter.requires_grad}
+        for name, tensor in stored_tensors(self._module).items():
+            is_merged = self._adapter is not None and self._adapter.commit == "merged" and is_factor(name)
+            if self._adapter is None or name not in frozen:
+                found[f"{'adapter' if is_merged else 'model'}.{name}"] = tensor
+        return found
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {

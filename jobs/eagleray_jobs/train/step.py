@@ -141,7 +141,8 @@ class TrainStep:
         norm = gradient_norm(self._counted, self._stages) * scale
         limit = self._config.max_grad_norm
         clip = 1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(local_gradients(self._parameters), scale * clip)
+        if gradients := local_gradients(self._parameters):
+            torch._foreach_mul_(gradients, scale * clip)
         return norm
 
     def _raise_non_finite(self, step: int) -> None:

@@ -22,7 +22,7 @@ SOURCE_TASKS = {
 
 def cross_problems(config: RunConfig) -> list[Problem]:
     """Return what does not fit together in a file whose sections are right, each for itself."""
-    rules = (_family_fits_task, _training_has_data, _source_fits_task, _layout_fits_workers)
+    rules = (_family_fits_task, _training_has_data, _source_fits_task, _adapter_has_base, _layout_fits_workers)
     found = [rule(config) for rule in rules]
     return [problem for problem in found if problem is not None]
 
@@ -83,6 +83,20 @@ def _source_fits_task(config: RunConfig) -> Problem | None:
         return None
     message = f"data.source {config.data.source} holds examples of {of_source}, but task is {config.task}"
     return Problem(("data", "source"), message)
+
+
+def _adapter_has_base(config: RunConfig) -> Problem | None:
+    adapter, train = config.model.adapter, config.train
+    if adapter is None or adapter.commit == "merged":
+        return None
+    if config.model.pretrained is not None and (train is None or train.init_from is None):
+        return None
+    found = "train.init_from" if train is not None and train.init_from is not None else "the seed"
+    message = (
+        "model.adapter.commit is adapter, which needs a base that model.pretrained finds again; here it comes "
+        f"from {found}; set model.adapter.commit to merged"
+    )
+    return Problem(("model", "adapter", "commit"), message)
 
 
 def _layout_fits_workers(config: RunConfig) -> Problem | None:

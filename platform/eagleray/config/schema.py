@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     AliasChoices,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,66 +22,17 @@ from pydantic import (
     model_validator,
 )
 
-NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,127}"
-IMPORT_PATH_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+from eagleray.config.model import AdapterConfig as AdapterConfig
+from eagleray.config.model import ModelConfig as ModelConfig
+from eagleray.config.model import TokenizerConfig as TokenizerConfig
+from eagleray.config.section import IMPORT_PATH_PATTERN as IMPORT_PATH_PATTERN
+from eagleray.config.section import NAME_PATTERN as NAME_PATTERN
+from eagleray.config.section import Section as Section
+
 BUILTIN_TASKS = ("translation", "text-classification", "image-classification")
 BUILTIN_SOURCES = ("cldr-en-fr", "cldr-langid", "digits")
 
 Degree = PositiveInt | Literal["auto"]
-
-
-class Section(BaseModel):
-    """A part of the file: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class TokenizerConfig(Section):
-    """How text becomes tokens."""
-
-    type: Literal["bpe"] = Field("bpe", description="Kind of tokenizer that is trained from the training rows.")
-    vocab_size: int = Field(
-        2000, ge=261, le=1_000_000, description="Number of tokens; 256 bytes and up to 5 special ones among them."
-    )
-    lowercase: bool = Field(False, description="Whether the text is lower-cased before it is tokenised.")
-
-
-class ModelConfig(Section):
-    """The model: one of `family`, `pretrained` and `factory`."""
-
-    family: Literal["marian", "t5", "bert", "distilbert", "vit"] | None = Field(
-        None, description="Architecture that is built from scratch."
-    )
-    pretrained: str | None = Field(
-        None,
-        min_length=1,
-        description="Hugging Face checkpoint to start from: a directory or a hub id; safetensors only.",
-    )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub checkpoint.")
-    factory: str | None = Field(
-        None,
-        pattern=f"^{IMPORT_PATH_PATTERN}$",
-        description="Import path `package.module:build` of a function that returns your torch.nn.Module.",
-    )
-    config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Configuration of the family (its keys are checked), or arguments of the factory.",
-    )
-    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="How text becomes tokens.")
-    freeze: list[str] = Field(
-        default_factory=list,
-        description="Shell patterns of parameter names that are not trained, for example `model.encoder.*`.",
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        given = [key for key in ("family", "pretrained", "factory") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none of them"
-            raise ValueError(f"set exactly one of family, pretrained and factory; found {found}")
-        if self.revision is not None and self.pretrained is None:
-            raise ValueError("revision belongs to pretrained")
-        return self
 
 
 class ParallelText(Section):

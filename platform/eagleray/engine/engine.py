@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eagleray.config.schema import RunConfig
 from eagleray.engine.plan import BatchLimits, cut_batches
 from eagleray.errors import DataError
-from eagleray.models import load_weights, restore_model
+from eagleray.models import load_weights, restore_model, whole_weights
 from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
 
 logger = logging.getLogger(__name__)
@@ -236,12 +236,12 @@ def load_engine(
 
     Raises:
         CheckpointDamagedError: Its weights do not fit its model.
-        ConfigError: Its task or factory cannot be imported here.
+        ConfigError: Its task or factory cannot be imported here, or it is an adapter whose base is not here.
     """
     config, files = checkpoint.config(), checkpoint.files()
     task = load_task(config)
     model = restore_model(config, files)
-    load_weights(model, checkpoint.tensors())
+    load_weights(model, whole_weights(checkpoint))
     limits = limits or BatchLimits(config.serve.max_batch_size, config.serve.max_batch_tokens)
     return Engine(model, task, task.load_processor(files), ref=checkpoint.ref, limits=limits, device=device)
 

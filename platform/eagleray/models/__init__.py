@@ -1,7 +1,9 @@
 """Model families: build, initialise, restore."""
 
+from eagleray.models.base import Base, pretrained_base, whole_weights
 from eagleray.models.build import (
     Unfilled,
+    base_tensors,
     build_model,
     build_unfilled,
     check_fit,
@@ -9,12 +11,15 @@ from eagleray.models.build import (
     model_files,
     open_pretrained,
     restore_model,
+    set_adapters,
     stored_tensors,
 )
 from eagleray.models.initialize import initialize, materialize
 
 __all__ = [
+    "Base",
     "Unfilled",
+    "base_tensors",
     "build_model",
     "build_unfilled",
     "check_fit",
@@ -23,6 +28,9 @@ __all__ = [
     "materialize",
     "model_files",
     "open_pretrained",
+    "pretrained_base",
     "restore_model",
+    "set_adapters",
     "stored_tensors",
+    "whole_weights",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eagleray.config.schema import ModelConfig, RunConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError
 from eagleray.hub import locate_pretrained, without_progress_bars
+from eagleray.lora import LowRank, add_adapter, is_factor
 from eagleray.models.families import build_family, label_keys
 from eagleray.models.initialize import initialize
 from eagleray.models.pretrained import find_weights
@@ -50,15 +51,20 @@ def build_unfilled(config: RunConfig, processor: Processor) -> Unfilled:
     Raises:
         ConfigError: The file does not fit the model.
     """
-    seed = config.train.seed if config.train else 0
+    seed, new = config.train.seed if config.train else 0, set[str]()
     fill: Fill | None
     if config.model.factory is not None:
         model = _call_factory(config.model, processor, seed)
         fill = partial(initialize, seed=seed) if _is_on_meta(model) else None
     elif config.model.pretrained is not None:
-        model, fill = _pretrained(config, processor, seed)
+        model, fill, new = _pretrained(config, processor, seed)
     else:
         model, fill = build_family(config, processor), partial(initialize, seed=seed)
+    if config.model.adapter is not None:
+        add_adapter(model, config.model.adapter)
+        _check_new(model, new)
+        if fill is None:
+            set_adapters(model, seed)
     freeze(model, config.model.freeze)
     return model.train(), fill
 
@@ -123,14 +129,14 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into a model, each exactly once.
+    """Copy a checkpoint's tensors into a model, each exactly once; a new adapter stays as it is.
 
     Raises:
         CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
     """
     check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
-        for name, tensor in stored_tensors(model).items():
+        for name, tensor in base_tensors(model).items():
             tensor.copy_(tensors[name])
 
 
@@ -140,7 +146,7 @@ def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
     """
-    own = stored_tensors(model)
+    own = base_tensors(model)
     if own.keys() != shapes.keys():
         missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
         raise CheckpointDamagedError(
@@ -160,6 +166,33 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     stored = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if name in stored}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of the same model without adapters holds."""
+    return {name: tensor for name, tensor in stored_tensors(model).items() if not is_factor(name)}
+
+
+def set_adapters(model: nn.Module, seed: int) -> None:
+    """Give the adapters of a model, or of a stage of it, their first values; nothing else is touched."""
+    factors = {name for name, module in model.named_modules() if isinstance(module, LowRank)}
+    initialize(model, seed, modules=factors)
+
+
+def _check_new(model: nn.Module, new: set[str]) -> None:
+    """Refuse parameters that the pretrained checkpoint does not hold and the adapter does not train.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    untrained = sorted(name for name in new if not model.get_parameter(name).requires_grad)
+    if untrained:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in untrained)
+        raise ConfigError(
+            f"model.adapter: the pretrained checkpoint does not hold {', '.join(untrained)}, and only the adapter "
+            "is trained",
+            f"name their modules under model.adapter.modules_to_save: {', '.join(modules)}",
+        )
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
@@ -219,17 +252,21 @@ def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module,
     return model, new
 
 
-def _pretrained(config: RunConfig, processor: Processor, seed: int) -> Unfilled:
+def _pretrained(
+    config: RunConfig, processor: Processor, seed: int
+) -> tuple[nn.Module, Fill | None, set[str]]:
+    """Return the model, what fills it, and the parameters that the checkpoint does not hold."""
     directory = locate_pretrained(config.model)
     hf_config = _pretrained_config(config, processor, directory)
     model = _from_config(config, hf_config, directory)
     weights = find_weights(model, directory, allow_other_shapes=bool(processor.labels))
     if weights is not None:
-        return model, partial(_fill_pretrained, weights=weights, seed=seed)
+        new = {name for name, _ in model.named_parameters() if not weights.holds(name)}
+        return model, partial(_fill_pretrained, weights=weights, seed=seed), new
     model, new = open_pretrained(config, processor)
     if new:
         initialize(model, seed, only=new)
-    return model, None
+    return model, None, new
 
 
 def _fill_pretrained(model: nn.Module, *, weights: TensorSource, seed: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eagleray.errors import ConfigError
+from eagleray.lora import LowRank
 from eagleray.models.whole import WholeParameters
 from eagleray.parallel.local import materialize, skeleton_of
 
@@ -34,7 +35,9 @@ _RANDOM_FILLS = {
 }
 
 
-def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = None) -> None:
+def initialize(
+    model: nn.Module, seed: int | None, *, only: set[str] | None = None, modules: set[str] | None = None
+) -> None:
     """Set every parameter, and every buffer that an initialiser knows, in place.
 
     Modules of Hugging Face models are set by their `_init_weights`, all others by `reset_parameters`; children
@@ -46,6 +49,7 @@ def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = No
         seed: Seed of the weights; None leaves random fills out, for weights that are loaded afterwards. Buffers
             that no checkpoint holds are set all the same.
         only: Names of the parameters to set; default: all.
+        modules: Names of the modules to set; default: all.
 
     Raises:
         ConfigError: A module has parameters of its own and no way to set them.
@@ -63,6 +67,8 @@ def initialize(model: nn.Module, seed: int | None, *, only: set[str] | None = No
     initialisers = list(_initialisers(model))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _marked_as_loaded(kept), whole.shown(model):
         for module_name, module, init in initialisers:
+            if modules is not None and module_name not in modules:
+                continue
             # For what is drawn into a temporary tensor first (orthogonal_, or copying torch.randn).
             torch.manual_seed(_seed_of(seed or 0, module_name))
             with _FillByName(names, seed):
@@ -114,7 +120,7 @@ def _initialisers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[
 
 
 def _initialiser(module: nn.Module, owner: Any, name: str) -> Callable[[nn.Module], Any] | None:
-    if owner is not None:
+    if owner is not None and not isinstance(module, LowRank):
         return owner._init_weights  # type: ignore[no-any-return]
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(module, method):

@@ -79,7 +79,9 @@ class Stage(nn.Module):
             loss = self._loss(_LastPart(self, stream), batch)
             self.counts.append(loss.count.detach())
             return loss.total.reshape(1)
-        hidden, *memory = self.run(stream, capture_inputs(self._loss, batch, self.training))
+        found = self.run(stream, capture_inputs(self._loss, batch, self.training))
+        # Where nothing is trained so far no gradient is asked for, but the schedule sends one to every stage.
+        hidden, *memory = (value if value.requires_grad else value.detach().requires_grad_() for value in found)
         # gloo refuses what is not contiguous. What is passed on is copied, since the schedules that split the
         # backward pass cannot treat an input, or a view, as an output.
         return (hidden.contiguous(), *(value.clone(memory_format=torch.contiguous_format) for value in memory))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
 
 from eagleray.errors import ConfigError
+from eagleray.lora import LoraLinear, LowRank
 from eagleray.parallel import collectives
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
 from eagleray.parallel.remnants import Absent
@@ -52,7 +53,7 @@ class TensorParallel:
         """Cut modules by the style of their names; parameters that are shared stay shared."""
         for name, module in modules:
             style = self._plan.style(name)
-            if style is not None and not isinstance(module, Absent):
+            if style is not None and not isinstance(module, Absent | LowRank):
                 self._apply(style, name, module)
             for attribute in self._plan.divided_by(name):
                 setattr(module, attribute, getattr(module, attribute) // self._group.size())
@@ -78,7 +79,7 @@ class TensorParallel:
             self._distribute(module, 1, name)
             _replace_forward(module, partial(_forward_columns, module))
         elif isinstance(module, nn.Linear):
-            self._distribute(module, _CUT_DIM[style], name)
+            self._distribute_linear(module, style, name)
             _replace_forward(module, partial(self._linear_forward(style, name), module))
         else:
             raise ConfigError(f"the parallel plan gives {name} the style {style}, but it is no nn.Linear")
@@ -90,10 +91,11 @@ class TensorParallel:
             )
         if module.weight.shape[0] % self._group.size():
             return
-        self._distribute(module, 0, name)
         if isinstance(module, nn.Embedding):
+            self._distribute(module, 0, name)
             _replace_forward(module, partial(_forward_embedding, module, self._group))
         else:
+            self._distribute_linear(module, style, name)
             _replace_forward(module, partial(self._colwise_gather, module))
 
     def _linear_forward(self, style: TensorStyle, name: str) -> Callable[..., Tensor]:
@@ -112,6 +114,17 @@ class TensorParallel:
     def _in_region(self, name: str) -> bool:
         parents = name.split(".")[:-1]
         return any(self._plan.style(".".join(parents[:depth])) == "region" for depth in range(1, len(parents) + 1))
+
+    def _distribute_linear(self, module: nn.Linear, style: TensorStyle, name: str) -> None:
+        """Cut a Linear; of an adapter the matrix on the side of the cut is cut, and the other one is whole."""
+        self._distribute(module, _CUT_DIM[style], name)
+        if isinstance(module, LoraLinear):
+            cut, whole = module.lora_B, module.lora_A
+            if style == "rowwise":
+                cut, whole = whole, cut
+            self._distribute(cut, _CUT_DIM[style], name)
+            _replace_forward(cut, partial(_forward_local, cut))
+            _replace_forward(whole, partial(_forward_partial, whole, whole.forward, self._group))
 
     def _distribute(self, module: nn.Module, dim: int, name: str) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -140,7 +153,7 @@ class TensorParallel:
         return collectives.gather(y, -1, module.weight.shape[0], self._group, partial_gradient=False)
 
     def _rowwise(self, module: nn.Linear, x: Tensor) -> Tensor:
-        part, bias = F.linear(x, _local(module.weight)), module.bias
+        part, bias = _product(module, x), module.bias
         if not self._sequence_parallel:
             y = collectives.sum_over(part, self._group)
             return y if bias is None else y + bias
@@ -195,7 +208,12 @@ class _Length:
 
 
 def _forward_local(module: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, _local(module.weight), None if module.bias is None else _local(module.bias))
+    return _product(module, x, None if module.bias is None else _local(module.bias))
+
+
+def _product(module: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = F.linear(x, _local(module.weight), bias)
+    return y + module.adapt(x) if isinstance(module, LoraLinear) else y
 
 
 def _forward_embedding(module: nn.Embedding, group: dist.ProcessGroup, ids: Tensor) -> Tensor:
