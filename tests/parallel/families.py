@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eagleray.config.schema import AdapterConfig
+from eagleray.lora import add_adapter
 from eagleray.models.initialize import initialize, materialize
 from eagleray.parallel import Fill, ParallelPlan
 from eagleray.parallel.plan import PipelineParts
@@ -108,6 +110,11 @@ KEYS: dict[str, dict[str, Any]] = {
         "vocab_size": 36, "dim": 16, "n_layers": 4, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 32,
         "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "num_labels": 3,
     },
+    "qwen3": {
+        "vocab_size": 36, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 32,
+        "pad_token_id": 0, "use_cache": False, "num_labels": 3,
+    },
     "vit": {
         "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 4,
         "num_attention_heads": 4, "intermediate_size": 24, "hidden_dropout_prob": 0.0,
@@ -116,14 +123,17 @@ KEYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(family: str, **changes: Any) -> nn.Module:
+def build(family: str, *, adapter: AdapterConfig | None = None, **changes: Any) -> nn.Module:
     """Build a model on `meta`."""
     with torch.device("meta"):
         if family == "own":
-            return OwnModel(**changes)
-        config, model = _classes(family)
-        built: nn.Module = model(config(**KEYS[family] | changes))
-        return built
+            built: nn.Module = OwnModel(**changes)
+        else:
+            config, model = _classes(family)
+            built = model(config(**KEYS[family] | changes))
+    if adapter is not None:
+        add_adapter(built, adapter)
+    return built
 
 
 def _classes(family: str) -> tuple[Any, Any]:
@@ -134,21 +144,36 @@ def _classes(family: str) -> tuple[Any, Any]:
         "t5": (t.T5Config, t.T5ForConditionalGeneration),
         "bert": (t.BertConfig, t.BertForSequenceClassification),
         "distilbert": (t.DistilBertConfig, t.DistilBertForSequenceClassification),
+        "qwen3": (t.Qwen3Config, t.Qwen3ForSequenceClassification),
         "vit": (t.ViTConfig, t.ViTForImageClassification),
     }[family]
 
 
 def fill_from_seed(seed: int = SEED) -> Fill:
     """Return what gives a model its initial weights."""
-    return partial(initialize, seed=seed)
+    return partial(_fill, seed=seed)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    initialize(model, seed)
+    _set_second_factors(model)
 
 
 def build_whole(family: str, **changes: Any) -> nn.Module:
     """Build a model in one process, with the weights that every layout must have."""
     model = build(family, **changes)
     materialize(model, "cpu")
-    initialize(model, SEED)
+    _fill(model, SEED)
     return model
+
+
+@torch.no_grad()
+def _set_second_factors(model: nn.Module) -> None:
+    """Let adapters add something from the first step on; they begin with zeros."""
+    for name, weight in model.named_parameters():
+        if name.endswith(".lora_B.weight"):
+            rng = torch.Generator().manual_seed(sum(name.encode()))
+            local(weight).copy_((0.2 * torch.randn(weight.shape, generator=rng))[own_box(weight)])
 
 
 def global_batch(family: str, step: int, rows: int = 8) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ SAMPLE = {
     ("t5", "tp2", "both"),
     ("distilbert", "fsdp2", "plain"),
     ("distilbert", "tp2", "both"),
+    ("qwen3", "tp2", "recompute"),
 }
 FAMILIES = ("marian", "t5", "bert", "distilbert", "vit", "own")
 CASES = [
@@ -55,10 +56,16 @@ CASES = [
     for family, layout, options in product(FAMILIES, LAYOUTS, OPTIONS)
     if layout.tensor > 1 or not OPTIONS[options].sequence_parallel
 ]
+# Its plan is the one that its config carries: two heads of keys, and a stream that is not cut along the sequence.
+CASES += [
+    ("qwen3", layout, options)
+    for layout, options in product(LAYOUTS, OPTIONS)
+    if layout.tensor <= 2 and not OPTIONS[options].sequence_parallel
+]
 
 
 def test_the_matrix_covers_what_it_says() -> None:
-    assert len(CASES) == 6 * (5 * 3 + 4 * 5)
+    assert len(CASES) == 6 * (5 * 3 + 4 * 5) + 8 * 3
     assert {(family, str(layout), options) for family, layout, options in CASES} >= SAMPLE
 
 
@@ -87,6 +94,13 @@ def test_heads_that_the_degree_does_not_divide_are_refused_with_the_numbers(grou
     message = group(3).run(refused, "bert", Layout(tensor=3))[0]
     assert "parallel.tensor_parallel_degree 3 does not divide num_attention_heads 4" in message
     assert "degrees that fit: 1, 2, 4" in message
+
+
+def test_a_plan_of_the_config_is_refused_where_it_does_not_fit(group: Groups) -> None:
+    message = group(4).run(refused, "qwen3", Layout(tensor=4))[0]
+    assert "parallel.tensor_parallel_degree 4 does not divide num_key_value_heads 2" in message
+    message = group(2).run(refused, "qwen3", Layout(pipeline=2))[0]
+    assert "Qwen3ForSequenceClassification does not say how it can be cut into stages" in message
 
 
 def refused(family: str, layout: Layout) -> str:

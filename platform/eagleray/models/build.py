@@ -286,6 +286,8 @@ def _pretrained_config(config: RunConfig, processor: Processor, directory: Path)
                 f"its keys are {', '.join(sorted(hf_config.to_dict()))}",
             )
         setattr(hf_config, key, value)
+    if task_class(config.task).head != "seq2seq-lm" and hasattr(hf_config, "use_cache"):
+        hf_config.use_cache = False  # a classifier reads its input once
     if processor.labels and tuple(hf_config.id2label.values()) != tuple(processor.labels):
         for key, value in label_keys(processor).items():
             setattr(hf_config, key, value)

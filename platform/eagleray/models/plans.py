@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from eagleray.models.hf_plans import hf_plan
 from eagleray.models.stages import BertParts, DistilBertParts, MarianParts, T5Parts, ViTParts
 from eagleray.parallel.plan import ParallelPlan, TensorStyle
 
@@ -23,17 +24,18 @@ _BART_ATTENTION: dict[str, TensorStyle] = {
 def parallel_plan(model: nn.Module) -> ParallelPlan:
     """Return what a model tells about how it can be cut.
 
-    A model's own `parallel_plan()` comes first; then what is known of its family. A model of neither kind can
-    only be replicated, or sharded as one unit.
+    A model's own `parallel_plan()` comes first; then what is known of its family; then the `base_model_tp_plan`
+    that a Hugging Face config may carry. A model of no such kind can only be replicated, or sharded as one unit.
     """
     own = getattr(model, "parallel_plan", None)
     if callable(own):
         plan = own()
         assert isinstance(plan, ParallelPlan), f"{type(model).__name__}.parallel_plan() returned {type(plan)}"
         return plan
-    # By class: a family's other heads have other names and other things around the layers.
-    build = _PLANS.get(type(model).__name__)
-    return ParallelPlan() if build is None else build(model.config)
+    # By class: a family's other heads have other names and other things around the layers. FSDP derives its own.
+    names = (cls.__name__ for cls in type(model).__mro__)
+    build = next((_PLANS[name] for name in names if name in _PLANS), None)
+    return hf_plan(model) if build is None else build(model.config)
 
 
 def _marian(config: Any) -> ParallelPlan:
@@ -69,8 +71,7 @@ def _t5(config: Any) -> ParallelPlan:
             "*.block.*Attention.[qkv]": "colwise",
             "*.block.*Attention.relative_attention_bias": "colwise",
             "*.block.*Attention.o": "rowwise",
-            "*.block.*.wi": "colwise",
-            "*.block.*.wi_[01]": "colwise",
+            "*.block.*.wi_[01]" if config.is_gated_act else "*.block.*.wi": "colwise",
             "*.block.*.wo": "rowwise",
             "*.block.*.layer_norm": "norm",
             "lm_head": "vocab_head",
