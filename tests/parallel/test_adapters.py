@@ -10,12 +10,13 @@ import pytest
 import torch
 from ranks import RankGroup
 from runs import assert_same, in_layout, one_process
-from training import Job, checkpoint_tensors, make_config, train
+from training import Job, checkpoint_tensors, examples_of, make_config, train
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import AdapterConfig, RunConfig
 from eagleray.models import build_model
 from eagleray.parallel import ParallelOptions
+from eagleray.tasks import load_task
 
 Groups = Callable[[int], RankGroup]
 P = ParallelOptions
@@ -94,7 +95,8 @@ def test_a_merged_version_holds_its_base_and_its_adapter_added_and_goes_on_in_an
     tensors = checkpoint_tensors(folder, 2)
     assert {name.split(".")[0] for name in tensors} == {"model", "adapter", "optim"}
     assert all(".lora_" in name for name in tensors if name.startswith("optim."))
-    base = dict(build_model(make_config(), _processor(), "cpu").named_parameters())
+    processor = load_task(make_config()).build_processor(examples_of("translation", 200))
+    base = dict(build_model(make_config(), processor, "cpu").named_parameters())
     prefixes = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     adapted_names = {name.removeprefix("adapter.") for name in prefixes if name.startswith("adapter.")}
     assert adapted_names
@@ -104,9 +106,3 @@ def test_a_merged_version_holds_its_base_and_its_adapter_added_and_goes_on_in_an
         assert torch.equal(tensors[f"model.{name}.weight"], base[f"{name}.weight"] + 3.0 * (b @ a))
     untouched = base.keys() - {f"{name}.weight" for name in adapted_names}
     assert all(torch.equal(tensors[f"model.{name}"], base[name]) for name in untouched)
-
-
-def _processor() -> Any:
-    from training import _processor
-
-    return _processor("translation")

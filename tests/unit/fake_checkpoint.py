@@ -23,8 +23,8 @@ class FakeCheckpoint:
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(self._tensors)
+    def tensors(self, prefix: str = "model.") -> dict[str, torch.Tensor]:
+        return dict(self._tensors) if prefix == "model." else {}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from eagleray.models import (
     pretrained_base,
     set_adapters,
 )
-from eagleray.parallel import Fill, ParallelOptions, build_mesh, check_supported
+from eagleray.parallel import Fill, ParallelOptions, build_mesh, check_device, check_supported
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import MODEL_PREFIX
 from eagleray.store.registry import Registry
@@ -97,7 +97,9 @@ def assemble(
         DataError: The prepared data is missing or damaged.
         CheckpointDamagedError: The version to go on from, or to start from, is not what was committed.
     """
-    check_supported(spec.layout, ParallelOptions.of(spec.config), spec.train.global_batch_size)
+    options = ParallelOptions.of(spec.config)
+    check_supported(spec.layout, options, spec.train.global_batch_size)
+    check_device(options, device)
     check_precision(spec.train, device)
     check_sinks(spec)
     task = load_task(spec.config)

@@ -142,7 +142,10 @@ class TrainStep:
         limit = self._config.max_grad_norm
         clip = 1.0 if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
         if gradients := local_gradients(self._parameters):
-            torch._foreach_mul_(gradients, scale * clip)
+            factor = scale * clip
+            if isinstance(factor, Tensor):
+                factor = factor.to(gradients[0].device)  # the host, where they are offloaded
+            torch._foreach_mul_(gradients, factor)
         return norm
 
     def _raise_non_finite(self, step: int) -> None:

@@ -22,7 +22,14 @@ SOURCE_TASKS = {
 
 def cross_problems(config: RunConfig) -> list[Problem]:
     """Return what does not fit together in a file whose sections are right, each for itself."""
-    rules = (_family_fits_task, _training_has_data, _source_fits_task, _adapter_has_base, _layout_fits_workers)
+    rules = (
+        _family_fits_task,
+        _training_has_data,
+        _source_fits_task,
+        _adapter_has_base,
+        _layout_fits_workers,
+        _can_offload,
+    )
     found = [rule(config) for rule in rules]
     return [problem for problem in found if problem is not None]
 
@@ -83,6 +90,25 @@ def _source_fits_task(config: RunConfig) -> Problem | None:
         return None
     message = f"data.source {config.data.source} holds examples of {of_source}, but task is {config.task}"
     return Problem(("data", "source"), message)
+
+
+def _can_offload(config: RunConfig) -> Problem | None:
+    """Offloading is FSDP's, and what gathers whole weights besides needs them on the GPUs."""
+    if not config.parallel.cpu_offload:
+        return None
+    adapter, train = config.model.adapter, config.train
+    reasons = {
+        "resources.use_gpu is false": config.resources.use_gpu is False,
+        "parallel.data_parallel_shard_degree is 1": config.parallel.data_parallel_shard_degree == 1,
+        "parallel.pipeline_parallel_degree is above 1": config.parallel.pipeline_parallel_degree != 1,
+        "model.adapter.commit is merged": adapter is not None and adapter.commit == "merged",
+        "train.fp16 scales the loss": train is not None and train.fp16,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if not found:
+        return None
+    message = f"parallel.cpu_offload does not work where {found[0]}; leave it out"
+    return Problem(("parallel", "cpu_offload"), message)
 
 
 def _adapter_has_base(config: RunConfig) -> Problem | None:

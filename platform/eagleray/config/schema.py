@@ -244,6 +244,10 @@ class ParallelConfig(Section):
         True,
         description="Whether FSDP frees a layer's gathered weights between its forward and its backward pass.",
     )
+    cpu_offload: bool = Field(
+        False,
+        description="Whether FSDP keeps parameters, gradients and optimizer state on the host; for GPUs.",
+    )
 
 
 class ResourcesConfig(Section):

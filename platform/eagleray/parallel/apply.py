@@ -39,6 +39,20 @@ def check_supported(layout: Layout, options: ParallelOptions, global_batch_size:
         )
 
 
+def check_device(options: ParallelOptions, device: torch.device) -> None:
+    """Refuse what the device cannot do.
+
+    Raises:
+        ConfigError: FSDP's offload on a CPU, where there is nothing to offload from.
+    """
+    if options.cpu_offload and device.type != "cuda":
+        raise ConfigError(
+            f"parallel.cpu_offload needs GPUs, but the workers compute on {device.type}: their weights are in the "
+            "host's memory already",
+            "leave it out",
+        )
+
+
 def apply_layout(
     model: nn.Module,
     layout: Layout,
@@ -67,6 +81,7 @@ def apply_layout(
         ConfigError: The layout cannot be applied to this model.
     """
     assert layout.pipeline == 1, "a pipeline is made by `apply_pipeline`"
+    check_device(options, device)
     check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
     if layout.tensor > 1:
         check_styles(model, plan)

@@ -34,6 +34,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: dist.ProcessGrou
     total = torch.zeros(())
     for (mesh, axes), gradients in parts.items():
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        if mesh is not None:
+            squares = squares.to(mesh.device_type)  # offloaded gradients are on the host, collectives are not
         for axis in axes:
             assert mesh is not None
             dist.all_reduce(squares, group=mesh.get_group(axis))

@@ -20,6 +20,7 @@ class ParallelOptions:
         activation_checkpointing: Whether layers keep their activations (`none`), those of matrix products
             (`selective`), or only their inputs (`full`) for the backward pass.
         reshard_after_forward: Whether FSDP frees the whole weights of a layer between forward and backward.
+        cpu_offload: Whether FSDP keeps parameters, gradients and optimizer state in the host's memory.
         bf16: Whether FSDP gathers weights and computes in bfloat16, and reduces gradients in float32.
         schedule: The order in which a pipeline runs its micro-batches.
         num_microbatches: Parts of a rank's rows that go through a pipeline; None: twice as many as stages' ranks.
@@ -30,6 +31,7 @@ class ParallelOptions:
     sequence_parallel: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
     reshard_after_forward: bool = True
+    cpu_offload: bool = False
     bf16: bool = False
     schedule: Schedule = "1F1B"
     num_microbatches: int | None = None
@@ -44,6 +46,7 @@ class ParallelOptions:
             sequence_parallel=parallel.sequence_parallel,
             activation_checkpointing=parallel.activation_checkpointing,
             reshard_after_forward=parallel.reshard_after_forward,
+            cpu_offload=parallel.cpu_offload,
             bf16=config.train is not None and config.train.bf16,
             schedule=parallel.pipeline_parallel_schedule,
             num_microbatches=parallel.num_microbatches,

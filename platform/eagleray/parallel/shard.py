@@ -8,7 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from eagleray.config.layout import Layout
 from eagleray.parallel.options import ParallelOptions
@@ -35,6 +41,7 @@ class Sharding:
             self._precision = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
             )
+        self._offload = CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy()
         self._layer_precision = MixedPrecisionPolicy(
             param_dtype=self._precision.param_dtype, reduce_dtype=self._precision.reduce_dtype
         )
@@ -47,11 +54,23 @@ class Sharding:
 
     def wrap_layer(self, layer: nn.Module) -> None:
         """Make a layer a unit."""
-        fully_shard(layer, mesh=self._mesh, mp_policy=self._layer_precision, reshard_after_forward=self._reshard)
+        fully_shard(
+            layer,
+            mesh=self._mesh,
+            mp_policy=self._layer_precision,
+            reshard_after_forward=self._reshard,
+            offload_policy=self._offload,
+        )
 
     def wrap_root(self, model: nn.Module) -> None:
         """Make what the layers leave a unit; it stays gathered, since the backward pass begins with it."""
-        fully_shard(model, mesh=self._mesh, mp_policy=self._precision, reshard_after_forward=False)
+        fully_shard(
+            model,
+            mesh=self._mesh,
+            mp_policy=self._precision,
+            reshard_after_forward=False,
+            offload_policy=self._offload,
+        )
 
 
 @contextmanager

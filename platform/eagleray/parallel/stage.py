@@ -81,7 +81,10 @@ class Stage(nn.Module):
             return loss.total.reshape(1)
         found = self.run(stream, capture_inputs(self._loss, batch, self.training))
         # Where nothing is trained so far no gradient is asked for, but the schedule sends one to every stage.
-        hidden, *memory = (value if value.requires_grad else value.detach().requires_grad_() for value in found)
+        # It travels in float32, as the receiving buffers are made; autocast leaves another type.
+        hidden, *memory = (
+            value.float() if value.requires_grad else value.detach().float().requires_grad_() for value in found
+        )
         # gloo refuses what is not contiguous. What is passed on is copied, since the schedules that split the
         # backward pass cannot treat an input, or a view, as an output.
         return (hidden.contiguous(), *(value.clone(memory_format=torch.contiguous_format) for value in memory))
