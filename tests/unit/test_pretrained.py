@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_checkpoint import FakeCheckpoint, weights
+from safetensors.torch import load_file, save_file
 from tiny_models import IMAGES, PAIRS, TEXTS, save_distilbert, save_t5, save_vit, tiny_config
 
 from eagleray.engine import Engine, load_engine
@@ -44,6 +45,20 @@ def test_a_pretrained_translator_keeps_its_weights_prefix_and_tokens(tmp_path: P
     shutil.rmtree(directory)
     answer = committed(task, processor, model).answer([{"source": "one hour"}], {"max_new_tokens": 6})
     assert answer == [{"text": expected}]
+
+
+def test_a_head_of_its_own_is_kept_though_the_config_ties_it(
+    tmp_path: Path,
+) -> None:
+    directory = save_t5(tmp_path / "t5")
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = torch.randn_like(tensors["shared.weight"])
+    save_file(tensors, path, metadata={"format": "pt"})
+    task, processor, model = open_parts("translation", PAIRS, pretrained=str(directory))
+    engine = committed(task, processor, model)
+    assert torch.equal(engine.model.lm_head.weight, tensors["lm_head.weight"])  # type: ignore[union-attr, arg-type]
+    assert torch.equal(engine.model.shared.weight, tensors["shared.weight"])  # type: ignore[union-attr, arg-type]
 
 
 def test_a_hub_id_is_opened_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from eagleray.models import (
     pretrained_base,
     set_adapters,
 )
+from eagleray.models.tied import untie
 from eagleray.parallel import Fill, ParallelOptions, build_mesh, check_device, check_supported
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import MODEL_PREFIX
@@ -213,7 +214,9 @@ def start_from(model: nn.Module, start: Checkpoint, exchange: Exchange, seed: in
         CheckpointDamagedError: The weights of the version do not fit the model.
     """
     tensors = [tensor for tensor in start.manifest.tensors if tensor.name.startswith(MODEL_PREFIX)]
-    check_fit(model, {tensor.name.removeprefix(MODEL_PREFIX): tensor.shape for tensor in tensors})
+    shapes = {tensor.name.removeprefix(MODEL_PREFIX): tensor.shape for tensor in tensors}
+    untie(model, shapes.keys())
+    check_fit(model, shapes)
 
     def fill(part: nn.Module) -> None:
         initialize(part, None)

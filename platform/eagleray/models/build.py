@@ -21,6 +21,7 @@ from eagleray.models.families import build_family, label_keys
 from eagleray.models.initialize import initialize
 from eagleray.models.pretrained import find_weights
 from eagleray.models.sources import TensorSource, fill_from
+from eagleray.models.tied import untie
 from eagleray.parallel.local import Fill, materialize
 from eagleray.tasks import Processor, task_class
 from eagleray.tasks.base import Head
@@ -134,6 +135,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointDamagedError: A tensor of the model is missing, or one has no place in it.
     """
+    untie(model, tensors.keys())
     check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     with torch.no_grad():
         for name, tensor in base_tensors(model).items():

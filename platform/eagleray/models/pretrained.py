@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eagleray.errors import ConfigError
-from eagleray.models.sources import Place, SafetensorsFiles
+from eagleray.models.sources import Place, SafetensorsFiles, read_part
+from eagleray.models.tied import untie
 
+_ROWS = 4096
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -31,8 +33,7 @@ def find_weights(model: nn.Module, directory: Path, *, allow_other_shapes: bool)
         ConfigError: A tensor has another shape.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    names = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
-    found: dict[str, list[Place]] = defaultdict(list)
+    found: dict[str, Place] = {}
     rename = _Renaming(model, state)
     for place in _stored(directory):
         name = rename(place.key)
@@ -41,13 +42,34 @@ def find_weights(model: nn.Module, directory: Path, *, allow_other_shapes: bool)
         if name in state:
             shape = tuple(state[name].shape)
             if place.shape == shape:
-                found[names[id(state[name])]].append(place)
+                found[name] = place
             elif not allow_other_shapes:
                 raise ConfigError(
                     f"{place.path}: {place.key} has the shape {place.shape}, the model's {name} {shape}",
                     "leave out the keys of model.config that change it",
                 )
-    return SafetensorsFiles(found) if found else None
+    return _once(model, found) if found else None
+
+
+def _once(model: nn.Module, found: Mapping[str, Place]) -> SafetensorsFiles:
+    """Name every tensor once; where the files hold other values under the name of a tied one, it is untied."""
+    first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    places: dict[str, Place] = {}
+    # Where a tensor is stored under its first name that one is compared with, else any.
+    for name, place in sorted(found.items(), key=lambda item: first[id(state[item[0]])] != item[0]):
+        known = places.setdefault(first[id(state[name])], place)
+        if known is not place and not _is_equal(known, place):
+            untie(model, [name])
+            places[name] = place
+    return SafetensorsFiles(places)
+
+
+def _is_equal(one: Place, other: Place) -> bool:
+    """Compare two tensors of files, some rows at a time."""
+    starts = range(0, one.shape[0], _ROWS) if one.shape else [0]
+    boxes = [(slice(start, start + _ROWS),) if one.shape else () for start in starts]
+    return all(torch.equal(read_part(one, box), read_part(other, box)) for box in boxes)
 
 
 class _Renaming:

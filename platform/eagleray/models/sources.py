@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from eagleray.errors import ConfigError
 from eagleray.parallel.local import Box, local, own_box
 
 
@@ -61,37 +60,26 @@ class Place:
 
 
 class SafetensorsFiles:
-    """Tensors of safetensors files under the names of a model.
+    """Tensors of safetensors files.
 
     Args:
-        places: Where each tensor stands; more than one place, where tied tensors were stored several times.
+        places: Where each stands, under the names of a model.
     """
 
-    def __init__(self, places: Mapping[str, Iterable[Place]]) -> None:
-        self._places = {name: tuple(found) for name, found in places.items() if found}
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._places = dict(places)
 
     def holds(self, name: str) -> bool:
         """Say whether a file holds the tensor."""
         return name in self._places
 
     def read(self, name: str, box: Box) -> Tensor:
-        """Return a part of a tensor; of the file only its bytes are read.
-
-        Raises:
-            ConfigError: The tensor is tied, and the files hold different values for it.
-        """
-        first, *copies = self._places[name]
-        part = _read(first, box)
-        for place in copies:
-            if not torch.equal(_read(place, box), part):
-                raise ConfigError(
-                    f"{first.path.parent}: {first.key} and {place.key} are tied by config.json, but differ",
-                    "set model.config: {tie_word_embeddings: false}",
-                )
-        return part
+        """Return a part of a tensor; of the file only its bytes are read."""
+        return read_part(self._places[name], box)
 
 
-def _read(place: Place, box: Box) -> Tensor:
+def read_part(place: Place, box: Box) -> Tensor:
+    """Return a part of a stored tensor."""
     from safetensors import safe_open
 
     with safe_open(place.path, framework="pt") as opened:
