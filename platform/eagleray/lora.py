@@ -140,7 +140,7 @@ def _add(weight: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _matching(names: Iterable[str], patterns: list[str], key: str, kind: str) -> list[str]:

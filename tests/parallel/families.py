@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,79 +15,22 @@ from torch.nn import functional as F
 from eagleray.config.schema import AdapterConfig
 from eagleray.lora import add_adapter
 from eagleray.models.initialize import initialize, materialize
-from eagleray.parallel import Fill, ParallelPlan
-from eagleray.parallel.plan import PipelineParts
+from eagleray.parallel import Fill
 
 SEED = 7
 SEQ2SEQ = ("marian", "t5")
 IGNORED = -100
+LAYOUTS_DOCUMENT = Path(__file__).parents[2] / "docs" / "layouts.md"
 
 
-class Block(nn.Module):
-    """A layer of a module that no library knows."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class OwnParts(PipelineParts):
-    """What `OwnModel` does around its blocks."""
-
-    embed_modules = (("embed",),)
-    head_modules = ("head",)
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-
-    def embed(self, part: int, inputs: Mapping[str, Any]) -> Tensor:
-        embedded: Tensor = self._model.embed(inputs["input_ids"])
-        return embedded
-
-    def arguments(
-        self, part: int, hidden: Tensor, memory: Tensor | None, inputs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), {}
-
-    def head(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
-        return self._model.classify(hidden, inputs["attention_mask"])
-
-
-class OwnModel(nn.Module):
-    """A user's own module; its plan is all that a layout needs to know."""
-
-    def __init__(self, width: int = 16, depth: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(36, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, 3)
-
-    def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan(
-            layers=("blocks",),
-            tensor={
-                "embed": "vocab",
-                "blocks.*.up": "colwise",
-                "blocks.*.down": "rowwise",
-                "blocks.*.norm": "norm",
-            },
-            divisible={"inner width": 24},
-            sequence=True,
-            pipeline=OwnParts,
-        )
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x, attention_mask)
-
-    def classify(self, x: Tensor, attention_mask: Tensor) -> Any:
-        weights = attention_mask.unsqueeze(-1).float()
-        return SimpleNamespace(logits=self.head((x * weights).sum(1) / weights.sum(1)))
+def own_module(**changes: Any) -> nn.Module:
+    """Build the user's own module that the documentation shows."""
+    blocks = re.findall(r"```python\n(.*?)```", LAYOUTS_DOCUMENT.read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "def parallel_plan" in block]
+    namespace: dict[str, Any] = {"__name__": "documented"}
+    exec(code, namespace)
+    built: nn.Module = namespace["Reader"](**changes)
+    return built
 
 
 KEYS: dict[str, dict[str, Any]] = {
@@ -127,7 +70,7 @@ def build(family: str, *, adapter: AdapterConfig | None = None, **changes: Any) 
     """Build a model on `meta`."""
     with torch.device("meta"):
         if family == "own":
-            built: nn.Module = OwnModel(**changes)
+            built = own_module(**changes)
         else:
             config, model = _classes(family)
             built = model(config(**KEYS[family] | changes))

@@ -88,6 +88,7 @@ def test_a_merged_version_holds_its_base_and_its_adapter_added_and_goes_on_in_an
     folder = str(tmp_path / "cut")
     cut = group(2).run(train, Job(adapted(LAYOUTS[first], **keys), folder))[0]
     assert cut.losses == pytest.approx(one.losses, abs=1e-6)
+    assert [result.error for _, result in cut.saved] == [None, None]
     job = Job(adapted(LAYOUTS[second], **keys), folder, resume_step=2)
     resumed = group(2).run(train, job)[0]
     assert resumed.losses == pytest.approx({step: one.losses[step] for step in (3, 4)}, abs=1e-6)

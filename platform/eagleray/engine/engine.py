@@ -5,37 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from eagleray.config.schema import RunConfig
 from eagleray.engine.plan import BatchLimits, cut_batches
 from eagleray.errors import DataError
 from eagleray.models import load_weights, restore_model, whole_weights
+from eagleray.models.base import OpenedCheckpoint
 from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 300
-
-
-class OpenedCheckpoint(Protocol):
-    """What an engine reads of a committed version."""
-
-    @property
-    def ref(self) -> str:
-        """Its full reference."""
-
-    def config(self) -> RunConfig:
-        """The file of its run."""
-
-    def files(self) -> dict[str, bytes]:
-        """What stands beside the weights."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights, under the model's own names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from eagleray.tasks import task_class
 BASE_FILE = "eagleray_base.json"
 
 
-class Version(Protocol):
+class OpenedCheckpoint(Protocol):
     """What is read of a committed version."""
 
     @property
@@ -74,7 +74,7 @@ def pretrained_base(config: RunConfig) -> Base:
     return Base(config.model.pretrained, hash_weights(locate_pretrained(config.model)))
 
 
-def whole_weights(checkpoint: Version) -> dict[str, Tensor]:
+def whole_weights(checkpoint: OpenedCheckpoint) -> dict[str, Tensor]:
     """Read the weights of a version; an adapter that was committed alone is added to its base.
 
     Raises:

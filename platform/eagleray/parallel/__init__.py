@@ -5,7 +5,7 @@ from eagleray.parallel.local import Fill
 from eagleray.parallel.mesh import DataCoordinate, build_mesh, data_coordinate
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.pipeline import Pipeline
-from eagleray.parallel.plan import ParallelPlan
+from eagleray.parallel.plan import ParallelPlan, PipelineParts
 from eagleray.parallel.shard import gathered
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ParallelOptions",
     "ParallelPlan",
     "Pipeline",
+    "PipelineParts",
     "apply_layout",
     "apply_pipeline",
     "build_mesh",

@@ -70,7 +70,7 @@ class ShardEntry(_Record):
 class TensorEntry(_Record):
     """A tensor of the version and the shards that cover it."""
 
-    name: Annotated[str, Field(pattern=r"^(model|optim)\.\S+$", max_length=1024)]
+    name: Annotated[str, Field(pattern=r"^(model|adapter|optim)\.\S+$", max_length=1024)]
     dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
     shape: Extent
     shards: tuple[ShardEntry, ...]

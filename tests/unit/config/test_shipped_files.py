@@ -34,4 +34,4 @@ def test_the_schema_describes_every_key_and_knows_both_spellings_and_the_familie
             assert "description" in value or "$ref" in value, f"{name}.{key}"
     assert "dp_replicate_size" in definitions["ParallelConfig"]["properties"]
     assert "d_model" in definitions["family.marian"]["properties"]
-    assert len(definitions["ModelConfig"]["allOf"]) == 3
+    assert len(definitions["ModelConfig"]["allOf"]) == 5
