@@ -16,6 +16,7 @@ from eagleray.config.schema import AdapterConfig
 from eagleray.lora import add_adapter
 from eagleray.models.initialize import initialize, materialize
 from eagleray.parallel import Fill
+from eagleray.parallel.local import local, own_box
 
 SEED = 7
 SEQ2SEQ = ("marian", "t5")

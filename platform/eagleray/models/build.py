@@ -254,9 +254,7 @@ def open_pretrained(config: RunConfig, processor: Processor) -> tuple[nn.Module,
     return model, new
 
 
-def _pretrained(
-    config: RunConfig, processor: Processor, seed: int
-) -> tuple[nn.Module, Fill | None, set[str]]:
+def _pretrained(config: RunConfig, processor: Processor, seed: int) -> tuple[nn.Module, Fill | None, set[str]]:
     """Return the model, what fills it, and the parameters that the checkpoint does not hold."""
     directory = locate_pretrained(config.model)
     hf_config = _pretrained_config(config, processor, directory)
