@@ -184,7 +184,11 @@ class _Driver:
     def _show_new(self, board: Any) -> None:
         import ray
 
-        for posted in ray.get(board.read.remote(self.num_events), timeout=BOARD_TIMEOUT_S):
+        try:
+            events = ray.get(board.read.remote(self.num_events), timeout=BOARD_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return  # a busy machine; whether the run goes on is not the board's to say
+        for posted in events:
             self.num_events += 1
             self.snapshot = self.snapshot.after(posted.event, posted.at_s, self.goal)
             self.view.show(self.snapshot, posted.event)

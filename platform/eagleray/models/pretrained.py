@@ -98,7 +98,7 @@ def _stored(directory: Path) -> Iterator[Place]:
 
     for path in _files(directory):
         with safe_open(path, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118: no mapping
+            for key in opened.keys():
                 yield Place(path, key, tuple(opened.get_slice(key).get_shape()))
 
 
