@@ -9,7 +9,7 @@ from eagleray.config.jsonschema import file_schema
 from eagleray.config.loader import load_files
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-NUM_FILES = 3
+NUM_FILES = 5
 
 
 def test_every_shipped_file_loads_without_warnings() -> None:
