@@ -95,7 +95,7 @@ class Bench:
         started = time.monotonic()
         run_to_end(words, self._env, self._folder / f"{name}.out")
         ends = json.loads(times.read_text())
-        speed = self._plan.num_counted / (ends[-1] - ends[self._plan.num_skipped - 1])
+        speed = (len(ends) - self._plan.num_skipped) / (ends[-1] - ends[self._plan.num_skipped - 1])
         return Run(speed, ends[0] - started)
 
 

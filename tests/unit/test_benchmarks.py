@@ -8,10 +8,11 @@ import pytest
 import yaml
 from results_page import markdown_table, replace_section, write_section
 from training_results import (
+    ONE,
     OURS,
-    OURS_ALONE,
     SAVING,
     SIDES,
+    TWO,
     Plan,
     Run,
     logged_steps_per_s,
@@ -84,14 +85,16 @@ def test_the_speed_of_a_run_is_read_from_its_records_without_the_first_steps() -
 
 def test_sides_differ_in_workers_and_saves_alone(tmp_path: Path) -> None:
     shipped = yaml.safe_load((ROOT / "configs" / "en-fr.yaml").read_text())
-    sides = (OURS, SAVING, OURS_ALONE)
-    ours, saving, alone = (make_config(shipped, side, Plan(), "a", tmp_path) for side in sides)
-    for config in (ours, saving, alone):
+    ours, saving, two, one = (
+        make_config(shipped, side, Plan(), "a", tmp_path) for side in (OURS, SAVING, TWO, ONE)
+    )
+    for config in (ours, saving, two, one):
         assert RunConfig.model_validate(config).model_dump()["model"]["config"] == shipped["model"]["config"]
     assert saving == {**ours, "train": {**ours["train"], "save_steps": 50}}
-    assert alone == {
-        **ours,
-        "train": {**ours["train"], "global_batch_size": 32},
+    assert ours["train"]["global_batch_size"] == 2 * ours["train"]["per_device_train_batch_size"]
+    assert one == {
+        **two,
+        "train": {**two["train"], "global_batch_size": two["train"]["per_device_train_batch_size"]},
         "parallel": {"data_parallel_replicate_degree": 1},
     }
 
@@ -102,9 +105,9 @@ def test_ratios_are_of_one_round_each_and_costs_of_what_saves_take_away() -> Non
     )
     runs = {side: [Run(speed, 10.0, phases) for speed in (5.0, 10.0, 20.0)] for side in SIDES}
     runs[SAVING] = [Run(0.98 * speed, 10.0, phases) for speed in (5.0, 10.0, 20.0)]
-    runs[OURS_ALONE] = [Run(speed, 10.0, phases) for speed in (5.0, 12.5, 25.0)]
+    runs[ONE] = [Run(speed, 10.0, phases) for speed in (5.0, 12.5, 25.0)]
     text = report(runs, Plan(), "a machine")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["every 50 steps", "9.80", "4.90 to 19.60", "2.0%", "< 3%"] in rows
-    assert ["eagleray train", "400", "640", "1.60", ">= 1.85"] in rows
+    assert ["eagleray train", "1600", "2560", "1.60", ">= 1.85"] in rows
     assert ["start Python, import, read the file", "4.0", "4.0", "", ""] in rows
