@@ -94,7 +94,9 @@ def _call(*arguments: str) -> dict[str, Any]:
 
 def _examine(config: RunConfig, url: str, console: Console) -> bool:
     """Ask a model its held-out examples, show the answers and judge them."""
-    questions = [_ask(config, url, question) for question in _held_out(config)]
+    # One client for all: a new one reads the certificates of the system first, which takes longer than an answer.
+    with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+        questions = [_ask(config, client, question) for question in _held_out(config)]
     console.print(_table(config.name, questions))
     by_kind = defaultdict(list)
     for question in questions:
@@ -128,10 +130,10 @@ def _held_out(config: RunConfig) -> Iterator[Question]:
         yield from draw.sample(by_kind[kind], min(ASKED_PER_KIND, len(by_kind[kind])))
 
 
-def _ask(config: RunConfig, url: str, question: Question) -> Question:
+def _ask(config: RunConfig, client: httpx.Client, question: Question) -> Question:
     verb, answers, key = WIRE[config.task]
     started = time.perf_counter()
-    response = httpx.post(f"{url}/v1/{verb}", json={"text": question.text}, timeout=REQUEST_TIMEOUT_S)
+    response = client.post(f"/v1/{verb}", json={"text": question.text})
     milliseconds = (time.perf_counter() - started) * 1000
     response.raise_for_status()
     return replace(question, answer=str(response.json()[answers][0][key]), milliseconds=milliseconds)
