@@ -10,15 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from eagleray.engine.decoding import GeneratingModel, with_generator
 from eagleray.engine.plan import BatchLimits, cut_batches
 from eagleray.errors import DataError
 from eagleray.models import load_weights, restore_model, whole_weights
 from eagleray.models.base import OpenedCheckpoint
 from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
+from eagleray.tasks.base import batches_itself
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 300
+_BATCHES_PER_CALL = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +116,11 @@ class Engine:
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        self.model = with_generator(model.to(self.device).eval(), limits)
         self.task = task
         self.processor = processor
         self.limits = limits
+        self._call_limits = _call_limits(self.model, task, limits)
         self.summary = _summarise(task, processor, ref)
 
     def answer(
@@ -156,7 +160,7 @@ class Engine:
         features = [row for item in items for row in item.features]
         lengths = [length for item in items for length in item.lengths]
         answers: list[Answer | ItemError | None] = [None] * len(features)
-        for batch in cut_batches(lengths, self.limits):
+        for batch in cut_batches(lengths, self._call_limits):
             found = self._run_rows([features[row] for row in batch], options or {})
             for row, answer in zip(batch, found, strict=True):
                 answers[row] = answer
@@ -227,6 +231,13 @@ def load_engine(
     load_weights(model, whole_weights(checkpoint))
     limits = limits or BatchLimits(config.serve.max_batch_size, config.serve.max_batch_tokens)
     return Engine(model, task, task.load_processor(files), ref=checkpoint.ref, limits=limits, device=device)
+
+
+def _call_limits(model: nn.Module, task: Task, limits: BatchLimits) -> BatchLimits:
+    """Return what one call of `predict` may get: more than one batch where rows enter while others leave."""
+    if isinstance(model, GeneratingModel) and batches_itself(task.predict):
+        return BatchLimits(limits.max_items * _BATCHES_PER_CALL, limits.max_tokens * _BATCHES_PER_CALL)
+    return limits
 
 
 def _shown(error: Exception) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class Loss:
     total: Tensor
     count: Tensor
 
+
+Predict = TypeVar("Predict", bound=Callable[..., Any])
 
 Head = Literal["seq2seq-lm", "sequence-classification", "image-classification"]
 """What a Hugging Face model of a task ends in."""
@@ -151,6 +153,20 @@ class Task(ABC):
         """Put the answers to the parts of an item together."""
         assert len(answers) == 1, "a task that splits items must join their answers"
         return answers[0]
+
+
+def batching_itself(predict: Predict) -> Predict:
+    """Mark a `predict` that may get more rows than one batch holds: it cuts them itself.
+
+    Whoever overrides it without this mark gets batches within the limits.
+    """
+    predict.batches_itself = True  # type: ignore[attr-defined]
+    return predict
+
+
+def batches_itself(predict: Callable[..., Any]) -> bool:
+    """Whether a `predict` may get more rows than one batch holds."""
+    return getattr(predict, "batches_itself", False)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

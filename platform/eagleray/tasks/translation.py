@@ -16,7 +16,18 @@ from eagleray.engine.decoding import DecodingOptions, generate
 from eagleray.errors import ConfigError
 from eagleray.hub import locate_pretrained, read_model_config
 from eagleray.tasks import rows
-from eagleray.tasks.base import Answer, Batch, Encoded, Example, Features, Head, Loss, Processor, Task
+from eagleray.tasks.base import (
+    Answer,
+    Batch,
+    Encoded,
+    Example,
+    Features,
+    Head,
+    Loss,
+    Processor,
+    Task,
+    batching_itself,
+)
 from eagleray.tasks.scores import sacrebleu_signatures, score_by_kind, score_translations
 from eagleray.tasks.sentences import join_pieces, split_text
 from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, tokenise, train_seq2seq_tokenizer
@@ -156,6 +167,7 @@ class TranslationTask(Task):
         )
         return Loss(total, (labels != rows.IGNORED).sum())
 
+    @batching_itself
     def predict(
         self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
     ) -> list[Answer]:

@@ -1,0 +1,122 @@
+"""T5 (Raffel et al. 2020, arXiv 1910.10683): layers normalised before, places in attention's scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagleray.engine.decoder.families import Parts, known, plain
+from eagleray.engine.decoder.network import DecoderLayer, EncoderLayer, FeedForward, Network, Norm, Shape
+
+
+class RelativePositions:
+    """A bias for the distance of two tokens, the same in every layer.
+
+    Args:
+        tokens_VE: Embeddings of tokens.
+        attention: The first layer's attention, which holds the biases.
+    """
+
+    def __init__(self, tokens_VE: Tensor, attention: Any) -> None:
+        self._tokens_VE, self._attention = tokens_VE, attention
+        self._bias_HQK: Tensor | None = None
+
+    def embed(self, tokens_N: Tensor, ages: Tensor | int) -> Tensor:
+        """Return the embeddings of tokens, wherever they stand, shape (N, E)."""
+        return self._tokens_VE.index_select(0, tokens_N)
+
+    def bias(self, num_queries: int, num_keys: int) -> Tensor:
+        """Return what is added to the scores of the last `num_queries` of so many tokens, shape (1, H, Q, K)."""
+        table = self._bias_HQK
+        if table is None or table.shape[-1] < num_keys:
+            size = max(64, 2 * num_keys)
+            table = self._attention.compute_bias(size, size, device=self._tokens_VE.device)[0].detach()
+            self._bias_HQK = table = table.to(self._tokens_VE.dtype)
+        # Only distances count: the last rows of a corner say what the last rows of all tokens would.
+        return table[None, :, num_keys - num_queries : num_keys, :num_keys]
+
+
+def build(model: Any, parts: Parts) -> Network:
+    """Take over a `T5ForConditionalGeneration`.
+
+    Raises:
+        UnknownModelError: A part of it is not what its class makes.
+    """
+    encoder, decoder, config = known(model.encoder, "T5Stack"), known(model.decoder, "T5Stack"), model.config
+    cross = [known(block.layer[1], "T5LayerCrossAttention").EncDecAttention for block in decoder.block]
+    width = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    return Network(
+        shape=Shape(len(decoder.block), config.num_heads, config.d_kv, config.num_heads),
+        pre_norm=True,
+        encoder_scale=1.0,
+        decoder_scale=1.0,
+        encoder_positions=_positions(encoder, parts),
+        encoder=[_encoder_layer(block, config, parts) for block in encoder.block],
+        encoder_end=_norm(encoder.final_layer_norm, parts),
+        cross_keys_values=parts.linear(*(part for each in cross for part in (each.k, each.v))),
+        decoder_positions=_positions(decoder, parts),
+        decoder=[_decoder_layer(block, config, parts) for block in decoder.block],
+        decoder_end=_scaled(_norm(decoder.final_layer_norm, parts), width),
+        scores=parts.product(plain(model.lm_head.weight), None),
+        dtype=parts.dtype,
+        device=model.shared.weight.device,
+    )
+
+
+def _positions(stack: Any, parts: Parts) -> RelativePositions:
+    first = known(known(stack.block[0], "T5Block").layer[0], "T5LayerSelfAttention").SelfAttention
+    return RelativePositions(parts.embedding(stack.embed_tokens), known(first, "T5Attention"))
+
+
+def _encoder_layer(block: Any, config: Any, parts: Parts) -> EncoderLayer:
+    attention, inner = known(block, "T5Block").layer
+    own = known(known(attention, "T5LayerSelfAttention").SelfAttention, "T5Attention")
+    return EncoderLayer(
+        qkv=parts.linear(own.q, own.k, own.v),
+        out=parts.linear(own.o),
+        attention_norm=_norm(attention.layer_norm, parts),
+        feed_forward=_feed_forward(inner, config, parts),
+        feed_forward_norm=_norm(inner.layer_norm, parts),
+    )
+
+
+def _decoder_layer(block: Any, config: Any, parts: Parts) -> DecoderLayer:
+    attention, crossing, inner = known(block, "T5Block").layer
+    own = known(known(attention, "T5LayerSelfAttention").SelfAttention, "T5Attention")
+    cross = known(crossing.EncDecAttention, "T5Attention")
+    return DecoderLayer(
+        qkv=parts.linear(own.q, own.k, own.v),
+        out=parts.linear(own.o),
+        attention_norm=_norm(attention.layer_norm, parts),
+        cross_query=parts.linear(cross.q),
+        cross_out=parts.linear(cross.o),
+        cross_norm=_norm(crossing.layer_norm, parts),
+        feed_forward=_feed_forward(inner, config, parts),
+        feed_forward_norm=_norm(inner.layer_norm, parts),
+    )
+
+
+def _feed_forward(layer: Any, config: Any, parts: Parts) -> FeedForward:
+    dense = known(layer, "T5LayerFF").DenseReluDense
+    if config.is_gated_act:
+        known(dense, "T5DenseGatedActDense")
+        return parts.feed_forward(dense.wi_0, dense.wo, config.dense_act_fn, dense.wi_1)
+    known(dense, "T5DenseActDense")
+    return parts.feed_forward(dense.wi, dense.wo, config.dense_act_fn)
+
+
+def _norm(module: Any, parts: Parts) -> Norm:
+    weight, eps = parts.floats(known(module, "T5LayerNorm").weight), module.variance_epsilon
+
+    def norm(x: Tensor) -> Tensor:
+        # Sums of squares in float32, as transformers does it.
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(weight.dtype)
+
+    return norm
+
+
+def _scaled(norm: Norm, factor: float) -> Norm:
+    return norm if factor == 1.0 else lambda x: norm(x) * factor
