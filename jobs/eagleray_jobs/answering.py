@@ -22,7 +22,7 @@ from eagleray.console import (
 )
 
 if TYPE_CHECKING:
-    from eagleray.config.schema import RunConfig
+    from eagleray.config.schema import RunConfig, ServeConfig
     from eagleray.store.checkpoint import Checkpoint
     from eagleray.store.objects import ObjectStore
     from eagleray_jobs.evaluate import EvaluateReport
@@ -117,7 +117,8 @@ def _evaluate(
     store = existing_store(config.store)
     checkpoint = _open(store, ref or config.serve.ref or config.name, config.name)
     with _pool(out, config, num_workers, address) as pool:
-        report = evaluate(config, checkpoint.ref, _loader(store, checkpoint, pool), pool, split=split)
+        load = _loader(store, checkpoint, pool, config.serve)
+        report = evaluate(config, checkpoint.ref, load, pool, split=split)
     out.note(f"report: {store.location}/{keep_report(store, report)}")
     return report
 
@@ -195,11 +196,11 @@ def _open(store: ObjectStore, ref: str, name: str | None) -> Checkpoint:
     return Registry(store).open(f"{name}{ref}" if ref.startswith("@") and name else ref)
 
 
-def _loader(store: ObjectStore, checkpoint: Checkpoint, pool: ActorPool) -> Any:
+def _loader(store: ObjectStore, checkpoint: Checkpoint, pool: ActorPool, serve: ServeConfig | None = None) -> Any:
     from eagleray_jobs.pool import CheckpointLoader
 
     name, _, version = checkpoint.ref.partition("@")
-    return CheckpointLoader(store, name, version, pool.device)
+    return CheckpointLoader(store, name, version, pool.device, serve)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from eagleray.config.schema import ServeConfig
 from eagleray.engine import load_engine
 from eagleray.errors import UsageError
 from eagleray.hub import without_progress_bars
@@ -79,7 +80,7 @@ def export_model(registry: Registry, ref: str, directory: str | Path) -> ExportR
 
 
 def _write(checkpoint: Checkpoint, directory: Path) -> None:
-    model: Any = load_engine(checkpoint).model
+    model: Any = load_engine(checkpoint, serve=ServeConfig()).model
     with without_progress_bars():
         model.save_pretrained(directory)
     for name, data in checkpoint.files().items():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from eagleray.config.schema import RunConfig
+from eagleray.config.schema import RunConfig, ServeConfig
 from eagleray.engine import Engine, load_engine
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.objects import ObjectStore
@@ -40,16 +40,18 @@ class CheckpointLoader:
         name: Name of the model.
         version: `r2-step-00001200`.
         device: Where it runs.
+        serve: Precision, engine and batches; None: what the version's own file says.
     """
 
     store: ObjectStore
     name: str
     version: str
     device: str = "cpu"
+    serve: ServeConfig | None = None
 
     def __call__(self) -> Engine:
         """Load it; every byte is verified."""
-        return load_engine(Checkpoint.open(self.store, self.name, self.version), self.device)
+        return load_engine(Checkpoint.open(self.store, self.name, self.version), self.device, serve=self.serve)
 
 
 @dataclass(frozen=True, slots=True)

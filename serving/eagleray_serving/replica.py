@@ -16,7 +16,6 @@ from starlette.responses import Response
 from eagleray.config.schema import ServeConfig
 from eagleray.engine import (
     Batcher,
-    BatchLimits,
     Engine,
     ItemError,
     ModelThread,
@@ -75,7 +74,7 @@ def load(plan: ModelPlan) -> Engine:
     engine = load_engine(
         checkpoint,
         "cuda" if serve.ray_actor_options.num_gpus else "cpu",
-        BatchLimits(serve.max_batch_size, serve.max_batch_tokens),
+        serve=serve,
     )
     warm_up(engine, plan.card.inputs)
     logger.info("%s is loaded", plan.card.ref)

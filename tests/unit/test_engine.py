@@ -13,6 +13,7 @@ from fake_checkpoint import FakeCheckpoint, tiny_checkpoint
 from tiny_models import PAIRS, ROWS, tiny_config, tiny_parts
 
 from eagleray.engine import Batcher, BatchLimits, Engine, ItemError, ModelThread, Prepared, load_engine
+from eagleray.engine.plan import cut_batches
 from eagleray.errors import CheckpointDamagedError
 from eagleray.tasks import Answer, Batch, Encoded, Example, Processor
 from eagleray.tasks.translation import TranslationTask
@@ -223,3 +224,12 @@ def test_a_model_that_calls_exit_does_not_end_the_event_loop() -> None:
         model.close()
 
     asyncio.run(main())
+
+
+def test_a_large_batch_is_cut_where_too_much_of_it_would_be_padding() -> None:
+    lengths = [300] * 3 + [40] * 30
+    limits = BatchLimits(64, 100_000)
+    assert [len(batch) for batch in cut_batches(lengths, limits)] == [33]
+    batches = cut_batches(lengths, limits, max_padding_share=0.2)
+    assert [sorted(lengths[i] for i in batch) for batch in batches] == [[300] * 3, [40] * 30]
+    assert [len(batch) for batch in cut_batches([60, 2, 2, 2], limits, max_padding_share=0.2)] == [4]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from eagleray.engine.ctranslate import CTranslate2Generator, is_known
 from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
+from eagleray.engine.decoder.linear import Precision
 from eagleray.engine.options import DecodingOptions
 from eagleray.engine.plan import BatchLimits
+from eagleray.errors import ConfigError
 
-__all__ = ["DecodingOptions", "GeneratingModel", "TokenGenerator", "generate", "with_generator"]
+__all__ = ["DecodingOptions", "GeneratingModel", "TokenGenerator", "generate", "load_generator", "stream"]
+
+Backend = Literal["auto", "torch", "ctranslate2"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +29,10 @@ class TokenGenerator(Protocol):
 
     def generate(self, sources: Sequence[Sequence[int]], options: DecodingOptions) -> list[list[int]]:
         """Return what is generated for each source, the start token in front, without padding behind."""
+        ...
+
+    def stream(self, source: Sequence[int], options: DecodingOptions) -> Iterator[list[int]]:
+        """Yield what has been generated so far for one source, at last all of it."""
         ...
 
 
@@ -44,20 +54,50 @@ class GeneratingModel(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def with_generator(model: nn.Module, limits: BatchLimits) -> nn.Module:
-    """Return a model that is loaded for inference together with our decoder, where that knows the model.
+def load_generator(
+    model: nn.Module, limits: BatchLimits, precision: Precision = "float32", backend: Backend = "auto"
+) -> TokenGenerator | None:
+    """Return what decodes for a model that is loaded for inference; None: transformers does.
 
     Args:
         model: A model in evaluation mode, whose weights do not change any more.
         limits: Rows decoded at once.
+        precision: Of the matrix products.
+        backend: `auto` is CTranslate2 where that is installed, right and faster, else torch.
+
+    Raises:
+        ConfigError: CTranslate2 was asked for and is not installed, or does not do this.
     """
-    if not hasattr(model, "generate"):
-        return model
     try:
-        return GeneratingModel(model, NetworkGenerator.of(model, limits)).eval()
+        ours = NetworkGenerator.of(model, limits, precision)
+        if backend == "torch" or (backend == "auto" and not _is_ctranslate2_faster(model, precision)):
+            return ours
+        return _load_ctranslate2(model, limits, precision, ours)
     except UnknownModelError as error:
+        if backend == "ctranslate2":
+            raise ConfigError(f"serve.engine: ctranslate2 cannot decode this model: {error}") from error
         logger.info("transformers decodes: %s", error)
-        return model
+        return None
+
+
+def _is_ctranslate2_faster(model: nn.Module, precision: Precision) -> bool:
+    """Whether CTranslate2 is to be preferred: with integers, as docs/benchmarks.md shows; never on a GPU."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return precision == "int8" and on_cpu and find_spec("ctranslate2") is not None and is_known(model)
+
+
+def _load_ctranslate2(
+    model: nn.Module, limits: BatchLimits, precision: Precision, ours: NetworkGenerator
+) -> TokenGenerator:
+    if find_spec("ctranslate2") is None:
+        raise ConfigError(
+            "serve.engine is ctranslate2, which is not installed", "pip install 'eagleray[ctranslate2]'"
+        )
+    if precision not in ("float32", "int8"):
+        raise ConfigError(
+            f"serve.dtype {precision} is not for serve.engine ctranslate2", "set float32, int8 or engine: torch"
+        )
+    return CTranslate2Generator(model, precision, limits, ours)
 
 
 @torch.no_grad()
@@ -79,6 +119,25 @@ def generate(
     if sources is not None and generator is not None:
         return generator.generate(sources, options)
     return _generate_by_transformers(model, input_ids_BS, attention_mask_BS, options)
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module, input_ids_1S: Tensor, attention_mask_1S: Tensor, options: DecodingOptions
+) -> Iterator[list[int]]:
+    """Yield the tokens of one row generated so far, at last all of them; transformers gives all at once.
+
+    Args:
+        model: A Hugging Face encoder-decoder model in evaluation mode, or a `GeneratingModel`.
+        input_ids_1S: Source tokens.
+        attention_mask_1S: 1 where they are not padding.
+        options: How to decode.
+    """
+    sources, generator = _unpad(input_ids_1S, attention_mask_1S), _find_generator(model, 1)
+    if sources is not None and generator is not None:
+        yield from generator.stream(sources[0], options)
+    else:
+        yield _generate_by_transformers(model, input_ids_1S, attention_mask_1S, options)[0]
 
 
 def _find_generator(model: nn.Module, num_rows: int) -> TokenGenerator | None:

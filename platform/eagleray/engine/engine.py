@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from eagleray.engine.decoding import GeneratingModel, with_generator
+from eagleray.config.schema import ServeConfig
+from eagleray.engine.decoder.linear import Precision
+from eagleray.engine.decoding import Backend, GeneratingModel, load_generator
 from eagleray.engine.plan import BatchLimits, cut_batches
-from eagleray.errors import DataError
+from eagleray.engine.precision import lower_precision
+from eagleray.errors import ConfigError, DataError
 from eagleray.models import load_weights, restore_model, whole_weights
 from eagleray.models.base import OpenedCheckpoint
 from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 300
 _BATCHES_PER_CALL = 16
+_MAX_PADDING_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,11 @@ class Engine:
         ref: Full reference of its version.
         limits: What one micro-batch may hold.
         device: Where it runs.
+        dtype: Precision of the matrix products.
+        backend: What generates.
+
+    Raises:
+        ConfigError: The device or the model does not do what was asked for.
     """
 
     def __init__(
@@ -114,13 +123,21 @@ class Engine:
         ref: str,
         limits: BatchLimits,
         device: torch.device | str = "cpu",
+        dtype: Precision = "float32",
+        backend: Backend = "auto",
     ) -> None:
         self.device = torch.device(device)
-        self.model = with_generator(model.to(self.device).eval(), limits)
+        _check_precision(dtype, self.device)
+        cuts_itself = batches_itself(task.predict)
+        self.model = model.to(self.device).eval()
+        self._answering = _prepare_model(self.model, limits, dtype, backend, alone=not cuts_itself)
         self.task = task
         self.processor = processor
         self.limits = limits
-        self._call_limits = _call_limits(self.model, task, limits)
+        # Where rows enter while others leave, one call may get more than one batch, and pads nothing.
+        cuts_itself = cuts_itself and isinstance(self._answering, GeneratingModel)
+        self._call_limits = limits.times(_BATCHES_PER_CALL) if cuts_itself else limits
+        self._max_padding_share = 1.0 if cuts_itself else _MAX_PADDING_SHARE
         self.summary = _summarise(task, processor, ref)
 
     def answer(
@@ -160,19 +177,42 @@ class Engine:
         features = [row for item in items for row in item.features]
         lengths = [length for item in items for length in item.lengths]
         answers: list[Answer | ItemError | None] = [None] * len(features)
-        for batch in cut_batches(lengths, self._call_limits):
+        for batch in cut_batches(lengths, self._call_limits, max_padding_share=self._max_padding_share):
             found = self._run_rows([features[row] for row in batch], options or {})
             for row, answer in zip(batch, found, strict=True):
                 answers[row] = answer
         remaining = iter(answers)
         return [self._join(item, [next(remaining) for _ in item.parts]) for item in items]
 
+    def stream(self, item: Example, options: Mapping[str, Any] | None = None) -> Iterator[Answer | ItemError]:
+        """Yield the answer to an item as far as it is known, at last all of it, or its error.
+
+        Args:
+            item: A row with the task's input columns.
+            options: What a request may set; the task knows its keys.
+        """
+        prepared = self.prepare(item)
+        if isinstance(prepared, ItemError):
+            yield prepared
+            return
+        answers: list[Answer | ItemError] = []
+        try:
+            for features in prepared.features:
+                batch = move(self.task.collate([features], self.processor), self.device)
+                answers.append({})
+                for partial in self.task.stream(self._answering, batch, self.processor, options or {}):
+                    answers[-1] = partial
+                    yield self._join(prepared, answers)
+        except Exception as error:
+            logger.exception("%s failed on an item", self.summary.ref)
+            yield ItemError("model_failed", f"the model failed on this item: {_shown(error)}")
+
     def _run_rows(self, rows: Sequence[Features], options: Mapping[str, Any]) -> list[Answer | ItemError]:
         """Answer one micro-batch; when it fails, its halves, so that only the item at fault fails."""
         try:
             batch = move(self.task.collate(rows, self.processor), self.device)
             with torch.inference_mode():
-                answers = self.task.predict(self.model, batch, self.processor, options)
+                answers = self.task.predict(self._answering, batch, self.processor, options)
             if len(answers) != len(rows):
                 raise ValueError(
                     f"{type(self.task).__name__}.predict gave {len(answers)} answers to {len(rows)} items"
@@ -197,7 +237,7 @@ class Engine:
         if len(found) == 1:
             return found[0]
         try:
-            return self.task.join(item.example, item.parts, found)
+            return self.task.join(item.example, item.parts[: len(found)], found)
         except Exception as error:
             logger.exception("%s cannot join the parts of an item", self.summary.ref)
             return ItemError("model_failed", f"the answers to its parts cannot be joined: {_shown(error)}")
@@ -212,32 +252,66 @@ class Engine:
 
 
 def load_engine(
-    checkpoint: OpenedCheckpoint, device: torch.device | str = "cpu", limits: BatchLimits | None = None
+    checkpoint: OpenedCheckpoint,
+    device: torch.device | str = "cpu",
+    limits: BatchLimits | None = None,
+    serve: ServeConfig | None = None,
 ) -> Engine:
     """Load a committed version for inference.
 
     Args:
         checkpoint: The opened version.
         device: Where the model runs.
-        limits: What one micro-batch may hold; default: the `serve` section of its file.
+        limits: What one micro-batch may hold; default: what `serve` says.
+        serve: Precision and backend; default: the section of its file.
 
     Raises:
         CheckpointDamagedError: Its weights do not fit its model.
-        ConfigError: Its task or factory cannot be imported here, or it is an adapter whose base is not here.
+        ConfigError: Its task or factory cannot be imported here, it is an adapter whose base is not here, or
+            `serve` asks for what cannot be had.
     """
     config, files = checkpoint.config(), checkpoint.files()
     task = load_task(config)
     model = restore_model(config, files)
     load_weights(model, whole_weights(checkpoint))
-    limits = limits or BatchLimits(config.serve.max_batch_size, config.serve.max_batch_tokens)
-    return Engine(model, task, task.load_processor(files), ref=checkpoint.ref, limits=limits, device=device)
+    serve = serve or config.serve
+    return Engine(
+        model,
+        task,
+        task.load_processor(files),
+        ref=checkpoint.ref,
+        limits=limits or BatchLimits(serve.max_batch_size, serve.max_batch_tokens),
+        device=device,
+        dtype=serve.dtype,
+        backend=serve.engine,
+    )
 
 
-def _call_limits(model: nn.Module, task: Task, limits: BatchLimits) -> BatchLimits:
-    """Return what one call of `predict` may get: more than one batch where rows enter while others leave."""
-    if isinstance(model, GeneratingModel) and batches_itself(task.predict):
-        return BatchLimits(limits.max_items * _BATCHES_PER_CALL, limits.max_tokens * _BATCHES_PER_CALL)
-    return limits
+def _prepare_model(
+    model: nn.Module, limits: BatchLimits, precision: Precision, backend: Backend, *, alone: bool
+) -> nn.Module:
+    """Return the model in its precision, together with what generates for it.
+
+    Args:
+        model: The model.
+        limits: Rows decoded at once.
+        precision: Of the matrix products.
+        backend: What generates.
+        alone: Whether the task may run the model by itself, so that its own weights are needed too.
+    """
+    generator = load_generator(model, limits, precision, backend) if hasattr(model, "generate") else None
+    if generator is None:
+        return lower_precision(model, precision)
+    if precision != "float32" and not alone:
+        model.to("meta")  # the generator has its own
+    return GeneratingModel(model, generator).eval()
+
+
+def _check_precision(precision: Precision, device: torch.device) -> None:
+    if precision == "int8" and device.type != "cpu":
+        raise ConfigError(f"serve.dtype int8 is for CPUs, not for {device.type}", "set bfloat16 or float16")
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigError("serve.dtype float16 is for GPUs, not for CPUs", "set bfloat16 or int8")
 
 
 def _shown(error: Exception) -> str:

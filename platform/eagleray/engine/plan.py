@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SMALL_BATCH_TOKENS = 512
+"""Up to so many tokens a second call of the model costs more than the padding that it saves."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
@@ -22,24 +25,37 @@ class BatchLimits:
         """Whether a batch of so many items, padded to the longest, is within the limits."""
         return num_items <= self.max_items and num_items * longest <= self.max_tokens
 
+    def times(self, count: int) -> BatchLimits:
+        """Return the limits of so many batches together."""
+        return BatchLimits(self.max_items * count, self.max_tokens * count)
 
-def cut_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+
+def cut_batches(lengths: Sequence[int], limits: BatchLimits, *, max_padding_share: float = 1.0) -> list[list[int]]:
     """Cut items into batches of similar length.
 
     Args:
         lengths: Tokens of each item.
         limits: What a batch may hold.
+        max_padding_share: Share of a batch that may be padding, unless the batch is small.
 
     Returns:
         Indices, each once, longest first, so that a batch that does not fit into memory is met at once. Equal
         lengths keep their order, so that the batches depend on the items alone.
     """
     batches: list[list[int]] = []
+    longest = num_tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and limits.fits(len(batches[-1]) + 1, lengths[batches[-1][0]]):
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        if batches:
+            num_items = len(batches[-1]) + 1
+            num_padded, num_tokens = num_items * longest, num_tokens + lengths[index]
+            is_padded = (
+                num_padded > SMALL_BATCH_TOKENS and num_padded - num_tokens > max_padding_share * num_padded
+            )
+            if limits.fits(num_items, longest) and not is_padded:
+                batches[-1].append(index)
+                continue
+        batches.append([index])
+        longest = num_tokens = lengths[index]
     return batches
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from eagleray.config.schema import RunConfig
-from eagleray.engine.decoding import DecodingOptions, generate
+from eagleray.engine.decoding import DecodingOptions, generate, stream
 from eagleray.errors import ConfigError
 from eagleray.hub import locate_pretrained, read_model_config
 from eagleray.tasks import rows
@@ -33,6 +33,8 @@ from eagleray.tasks.sentences import join_pieces, split_text
 from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, tokenise, train_seq2seq_tokenizer
 
 _SETTINGS_FILE = "eagleray_processor.json"
+UNFINISHED = "\ufffd"
+"""How a text ends whose last character has not all its bytes yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,20 @@ class TranslationTask(Task):
         )
         texts = processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [{"text": text} for text in texts]
+
+    def stream(
+        self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
+    ) -> Iterator[Answer]:
+        """Translate a batch of one item; whole characters only, a text each time there are more of them."""
+        assert isinstance(processor, TranslationProcessor)
+        decoding, shown = self._decoding(processor, options), None
+        for tokens in stream(model, batch["input_ids"], batch["attention_mask"], decoding):
+            text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
+            if text != shown and not text.endswith(UNFINISHED):
+                yield {"text": text}
+                shown = text
+        if text != shown:
+            yield {"text": text}
 
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
         """Return exact match, BLEU and chrF, and each of them per kind."""

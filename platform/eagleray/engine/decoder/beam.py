@@ -53,6 +53,10 @@ class BeamRow:
         """Tokens that each open hypothesis has."""
         return len(self.beams[0])
 
+    def so_far(self) -> list[int]:
+        """Return the best open hypothesis."""
+        return list(self.beams[0])
+
     def best(self) -> list[int]:
         """Return the answer."""
         return self.ended[0][1]

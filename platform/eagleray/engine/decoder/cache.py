@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FIRST_COLUMNS = 16
+FIRST_COLUMNS = 32
 """Columns that a cache starts with; they double when they are full."""
 
 
@@ -43,7 +43,8 @@ class KeyValueCache:
     Rows are in slots 0 to `num_rows`, without holes: they join at the end, and when some leave, the last ones take
     their slots.
 
-    Legend: L: layers, R: rows, H: heads, C: columns, K: beams, D: width of a head, S: source tokens.
+    Legend: L: layers, B: keys and values, R: rows, H: heads, C: columns times beams, K: beams, D: width of a head,
+    S: source tokens.
 
     Args:
         shape: Sizes.
@@ -61,10 +62,15 @@ class KeyValueCache:
         self._source_lengths: list[int] = []
         self.longest_source = 0
         self._low = 0  # first column of the oldest row
-        self._self_LRHCKD = self._zeros(FIRST_COLUMNS * self.num_beams)
+        self._self_LBRHCD = self._empty(FIRST_COLUMNS * self.num_beams)
         self._bias_RKC = self._bias(FIRST_COLUMNS)
-        self._cross_LRHSD = self._zeros(1)
-        self._cross_bias_RS = torch.zeros(shape.num_slots, 1, dtype=dtype, device=device)
+        self._cross_LBRHSD = self._empty(0)
+        self._cross_bias_RS = torch.zeros(shape.num_slots, 0, dtype=dtype, device=device)
+        # Views of the memory, one per layer, made once for all uses.
+        self._windows: Sequence[Tensor] = ()
+        self._columns: Sequence[Tensor] = ()
+        self._sources: Sequence[Sequence[Tensor]] = ()
+        self._cross_mask: Tensor | None = None
 
     @property
     def num_window_columns(self) -> int:
@@ -78,28 +84,27 @@ class KeyValueCache:
         ages = torch.tensor([self._column - start for start in self._starts], device=self._device)
         return ages if self.num_beams == 1 else ages.repeat_interleave(self.num_beams)
 
-    def join(self, cross_LRHSD: Tensor, lengths: Sequence[int]) -> None:
+    def join(self, cross_LBRHSD: Tensor, lengths: Sequence[int]) -> None:
         """Let rows in, behind the last one.
 
         Args:
-            cross_LRHSD: Keys, then values, of their cross-attention, padded with finite numbers, shape
-                (2 * layers, rows, H, S, D).
+            cross_LBRHSD: Keys and values of their cross-attention, padded with finite numbers.
             lengths: Source tokens of each row.
         """
-        first, last, longest = self.num_rows, self.num_rows + len(lengths), cross_LRHSD.shape[3]
+        first, last, longest = self.num_rows, self.num_rows + len(lengths), cross_LBRHSD.shape[4]
         assert last <= self._shape.num_slots, "more rows than slots"
         if not first:
             self._column, self._low = -1, 0
         self._reserve_source(longest)
-        self._cross_LRHSD[:, first:last] = 0  # a former row's numbers need not be finite
-        self._cross_LRHSD[:, first:last, :, :longest] = cross_LRHSD
+        self._cross_LBRHSD[:, :, first:last, :, :longest] = cross_LBRHSD
+        # What was there before need not be finite, and hidden is not enough: zero times infinity is no number.
+        self._cross_LBRHSD[:, :, first:last, :, longest:] = 0
         places = torch.arange(self._cross_bias_RS.shape[1], device=self._device)
         hidden = places >= torch.tensor(lengths, device=self._device)[:, None]
-        self._cross_bias_RS[first:last] = torch.zeros_like(self._cross_bias_RS[first:last]).masked_fill_(
-            hidden, float("-inf")
-        )
+        bias = self._cross_bias_RS[first:last]
+        bias.zero_().masked_fill_(hidden, float("-inf"))
         start = self._column + 1
-        self._self_LRHCKD[:, first:last, :, self._low * self.num_beams : start * self.num_beams] = 0
+        self._self_LBRHCD[:, :, first:last, :, self._low * self.num_beams : start * self.num_beams] = 0
         self._bias_RKC[first:last] = self._own(self._bias_RKC.shape[-1])
         self._bias_RKC[first:last, :, : start * self.num_beams] = float("-inf")
         self._starts += [start] * len(lengths)
@@ -122,8 +127,8 @@ class KeyValueCache:
         holes = [slot for slot in range(count) if slot not in staying]
         if movers:
             to, of = (torch.tensor(slots, device=self._device) for slots in (holes, movers))
-            for tensor in (self._self_LRHCKD[:, :, :, self._window()], self._cross_LRHSD):
-                tensor.index_copy_(1, to, tensor.index_select(1, of))
+            for tensor in (self._self_LBRHCD[..., self._window(), :], self._cross_LBRHSD):
+                tensor.index_copy_(2, to, tensor.index_select(2, of))
             for tensor in (self._bias_RKC, self._cross_bias_RS):
                 tensor.index_copy_(0, to, tensor.index_select(0, of))
         moved = dict(zip(holes, movers, strict=True))
@@ -149,6 +154,8 @@ class KeyValueCache:
         num_columns = self._bias_RKC.shape[-1] // self.num_beams
         if self._column == num_columns:
             self._rebuild(num_columns if 2 * self._low >= num_columns else 2 * num_columns)
+        window = self._self_LBRHCD[:, :, : self.num_rows, :, self._window()]
+        self._windows, self._columns = window.unbind(), window[..., -self.num_beams :, :].unbind()
 
     def write(self, layer: int, keys_values: Tensor) -> None:
         """Write what the present tokens are remembered by.
@@ -157,22 +164,15 @@ class KeyValueCache:
             layer: Layer of the decoder.
             keys_values: Shape (R, K, 2, H, D).
         """
-        column = slice(self._column * self.num_beams, (self._column + 1) * self.num_beams)
-        self._self_LRHCKD[2 * layer : 2 * layer + 2, : self.num_rows, :, column] = keys_values.permute(
-            2, 0, 3, 1, 4
-        )
+        self._columns[layer].copy_(keys_values.permute(2, 0, 3, 1, 4))
 
-    def self_keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+    def self_keys_values(self, layer: int) -> Sequence[Tensor]:
         """Return a layer's keys and values up to the present tokens, each of shape (R, H, columns * K, D)."""
-        window = self._window()
-        keys, values = self._self_LRHCKD[2 * layer : 2 * layer + 2, : self.num_rows, :, window].unbind()
-        return keys, values
+        return self._windows[layer].unbind()
 
-    def cross_keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+    def cross_keys_values(self, layer: int) -> Sequence[Tensor]:
         """Return a layer's keys and values of the sources, each of shape (R, H, S, D)."""
-        found = self._cross_LRHSD[2 * layer : 2 * layer + 2, : self.num_rows, :, : self.longest_source]
-        keys, values = found.unbind()
-        return keys, values
+        return self._sources[layer]
 
     def self_mask(self) -> Tensor | None:
         """Return what hides others' columns, shape (R, 1, K, columns * K); None: nothing is hidden."""
@@ -182,9 +182,7 @@ class KeyValueCache:
 
     def cross_mask(self) -> Tensor | None:
         """Return what hides the padding of sources, shape (R, 1, 1, S); None: there is none."""
-        if min(self._source_lengths) == self.longest_source:
-            return None
-        return self._cross_bias_RS[: self.num_rows, None, None, : self.longest_source]
+        return self._cross_mask
 
     def _window(self) -> slice:
         return slice(self._low * self.num_beams, (self._column + 1) * self.num_beams)
@@ -194,12 +192,16 @@ class KeyValueCache:
 
     def _measure(self) -> None:
         self._low = min(self._starts, default=0)
-        self.longest_source = max(self._source_lengths, default=0)
+        self.longest_source = longest = max(self._source_lengths, default=0)
+        sources = self._cross_LBRHSD[:, :, : self.num_rows, :, :longest]
+        self._sources = [layer.unbind() for layer in sources.unbind()]
+        is_padded = min(self._source_lengths, default=0) < longest
+        self._cross_mask = self._cross_bias_RS[: self.num_rows, None, None, :longest] if is_padded else None
 
-    def _zeros(self, num_columns: int) -> Tensor:
+    def _empty(self, num_columns: int) -> Tensor:
         shape = self._shape
-        sizes = (2 * shape.num_layers, shape.num_slots, shape.num_heads, num_columns, shape.head_dim)
-        return torch.zeros(sizes, dtype=self._dtype, device=self._device)
+        sizes = (shape.num_layers, 2, shape.num_slots, shape.num_heads, num_columns, shape.head_dim)
+        return torch.empty(sizes, dtype=self._dtype, device=self._device)
 
     def _own(self, num_columns: int) -> Tensor:
         """Return the mask of beams that have seen nothing but their own parts, shape (K, columns)."""
@@ -216,9 +218,9 @@ class KeyValueCache:
         """Move what the rows see to the front of so many columns."""
         used = slice(self._low * self.num_beams, self._column * self.num_beams)
         count = used.stop - used.start
-        keys_values, bias = self._self_LRHCKD[:, :, :, used], self._bias_RKC[:, :, used]
-        self._self_LRHCKD, self._bias_RKC = self._zeros(num_columns * self.num_beams), self._bias(num_columns)
-        self._self_LRHCKD[:, :, :, :count] = keys_values
+        keys_values, bias = self._self_LBRHCD[..., used, :], self._bias_RKC[..., used]
+        self._self_LBRHCD, self._bias_RKC = self._empty(num_columns * self.num_beams), self._bias(num_columns)
+        self._self_LBRHCD[..., :count, :] = keys_values
         self._bias_RKC[:, :, :count] = bias
         self._starts = [start - self._low for start in self._starts]
         self._column -= self._low
@@ -228,10 +230,9 @@ class KeyValueCache:
         present = self._cross_bias_RS.shape[1]
         if longest <= present:
             return
-        cross, bias = self._cross_LRHSD, self._cross_bias_RS
-        self._cross_LRHSD = self._zeros(longest)
-        self._cross_bias_RS = torch.full(
-            (len(bias), longest), float("-inf"), dtype=self._dtype, device=self._device
-        )
-        self._cross_LRHSD[:, :, :, :present] = cross
+        cross, bias = self._cross_LBRHSD, self._cross_bias_RS
+        self._cross_LBRHSD = self._empty(longest)
+        self._cross_LBRHSD[..., :present, :] = cross
+        self._cross_LBRHSD[..., present:, :] = 0
+        self._cross_bias_RS = bias.new_full((len(bias), longest), float("-inf"))
         self._cross_bias_RS[:, :present] = bias

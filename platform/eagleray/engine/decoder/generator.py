@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,22 @@ class NetworkGenerator:
             for decoded in session.step():
                 rows[order[decoded.ticket]] = [rules.start_token_id, *decoded.tokens]
         return rows
+
+    def stream(self, source: Sequence[int], options: DecodingOptions) -> Iterator[list[int]]:
+        """Yield what has been generated so far, after every token; with beams only once, at the end.
+
+        Args:
+            source: Tokens of a row.
+            options: How to decode.
+        """
+        rules = self.rules(options)
+        session = DecodingSession(self._network, rules, self._limits)
+        ticket = session.add(source)
+        while not session.is_idle:
+            ended = session.step()
+            if rules.num_beams == 1 and not ended:
+                yield [rules.start_token_id, *session.tokens(ticket)]
+        yield [rules.start_token_id, *ended[0].tokens]
 
     def rules(self, options: DecodingOptions) -> DecodingRules:
         """Return how tokens are chosen under some options."""

@@ -6,7 +6,7 @@ Orca, Yu et al. 2022 (OSDI 22).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,25 @@ class DecodingSession:
         self._num_tickets += 1
         return self._num_tickets - 1
 
+    def tokens(self, ticket: int) -> list[int]:
+        """Return what a running row has generated so far; with beams, what its best hypothesis has.
+
+        Raises:
+            KeyError: No such row runs.
+        """
+        for row in self._rows:
+            if row.ticket == ticket:
+                return row.so_far()  # type: ignore[no-any-return]
+        raise KeyError(ticket)
+
+    def drop(self, tickets: Collection[int]) -> None:
+        """Let rows go whose answers nobody waits for any more, waiting or running."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] not in tickets)
+        for row in self._rows:
+            row.is_done = row.is_done or row.ticket in tickets
+        if self._cache is not None:
+            self._release(self._cache)
+
     def step(self) -> list[Decoded]:
         """Give every running row one more token; return those that ended."""
         cache = self._schedule()
@@ -100,8 +119,8 @@ class DecodingSession:
         network, shape = self._network, self._network.shape
         packing = Packing([source for _, source in group], network.device)
         cross = packing.pad(network.encode(packing))
-        cross = cross.view(len(group), packing.longest, 2 * shape.num_layers, shape.num_heads, shape.head_dim)
-        cache.join(cross.permute(2, 0, 3, 1, 4), packing.lengths)
+        cross = cross.view(len(group), packing.longest, shape.num_layers, 2, shape.num_heads, shape.head_dim)
+        cache.join(cross.permute(2, 3, 0, 4, 1, 5), packing.lengths)
         self._rows += [self._chooser.open(ticket) for ticket, _ in group]
         starts = self._tokens_N.new_full((len(group) * self._rules.num_beams,), self._rules.start_token_id)
         self._tokens_N = torch.cat([self._tokens_N, starts])
@@ -111,15 +130,18 @@ class DecodingSession:
         self._tokens_N, parents_RK = self._chooser.choose(scores_NV, self._rows)
         if parents_RK is not None:
             cache.reorder(parents_RK)
+        ended = [Decoded(row.ticket, row.best()) for row in self._rows if row.is_done]
+        self._release(cache)
+        return ended
+
+    def _release(self, cache: KeyValueCache) -> None:
+        """Close the gaps that ended rows leave."""
         kept = [slot for slot, row in enumerate(self._rows) if not row.is_done]
         if len(kept) == len(self._rows):
-            return []
-        ended = [Decoded(row.ticket, row.best()) for row in self._rows if row.is_done]
+            return
         order = cache.keep(kept)
         self._rows = [self._rows[slot] for slot in order]
-        tokens_RK = self._tokens_N.view(-1, self._rules.num_beams)
-        self._tokens_N = tokens_RK[order].flatten()
-        return ended
+        self._tokens_N = self._tokens_N.view(-1, self._rules.num_beams)[order].flatten()
 
     def _make_cache(self, num_slots: int) -> KeyValueCache:
         shape = self._network.shape

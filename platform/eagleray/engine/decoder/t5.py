@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from eagleray.engine.decoder.families import Parts, known, plain
 from eagleray.engine.decoder.network import DecoderLayer, EncoderLayer, FeedForward, Network, Norm, Shape
+
+FIRST_TOKENS = 64
+"""Tokens whose distances are looked up once for all; more when they are needed."""
 
 
 class RelativePositions:
@@ -20,8 +24,15 @@ class RelativePositions:
     """
 
     def __init__(self, tokens_VE: Tensor, attention: Any) -> None:
-        self._tokens_VE, self._attention = tokens_VE, attention
-        self._bias_HQK: Tensor | None = None
+        self._tokens_VE = tokens_VE
+        self._biases_BH = plain(attention.relative_attention_bias.weight).to(tokens_VE.dtype)
+        self._number = partial(
+            attention._relative_position_bucket,
+            bidirectional=not attention.is_decoder,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        self._table_HQK = self._make_table(FIRST_TOKENS)
 
     def embed(self, tokens_N: Tensor, ages: Tensor | int) -> Tensor:
         """Return the embeddings of tokens, wherever they stand, shape (N, E)."""
@@ -29,13 +40,14 @@ class RelativePositions:
 
     def bias(self, num_queries: int, num_keys: int) -> Tensor:
         """Return what is added to the scores of the last `num_queries` of so many tokens, shape (1, H, Q, K)."""
-        table = self._bias_HQK
-        if table is None or table.shape[-1] < num_keys:
-            size = max(64, 2 * num_keys)
-            table = self._attention.compute_bias(size, size, device=self._tokens_VE.device)[0].detach()
-            self._bias_HQK = table = table.to(self._tokens_VE.dtype)
+        if self._table_HQK.shape[-1] < num_keys:
+            self._table_HQK = self._make_table(2 * num_keys)
         # Only distances count: the last rows of a corner say what the last rows of all tokens would.
-        return table[None, :, num_keys - num_queries : num_keys, :num_keys]
+        return self._table_HQK[None, :, num_keys - num_queries : num_keys, :num_keys]
+
+    def _make_table(self, num_tokens: int) -> Tensor:
+        places = torch.arange(num_tokens, device=self._tokens_VE.device)
+        return self._biases_BH[self._number(places - places[:, None])].permute(2, 0, 1)
 
 
 def build(model: Any, parts: Parts) -> Network:

@@ -11,7 +11,7 @@ from torch import nn
 
 from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
 from eagleray.engine.decoder.rules import unfollowed_settings
-from eagleray.engine.decoding import DecodingOptions, GeneratingModel, generate, with_generator
+from eagleray.engine.decoding import DecodingOptions, GeneratingModel, generate, load_generator
 from eagleray.engine.plan import BatchLimits
 
 LIMITS = BatchLimits(8, 4096)
@@ -33,7 +33,7 @@ def test_a_setting_that_is_not_followed_is_left_to_transformers(settings: dict[s
         setattr(model.generation_config, name, value)
     with pytest.raises(UnknownModelError, match=f"^the generation config sets {named}$"):
         NetworkGenerator.of(model, LIMITS)
-    assert with_generator(model, LIMITS) is model
+    assert load_generator(model, LIMITS) is None
 
 
 def test_every_setting_of_transformers_is_known_to_be_followed_or_off_by_default() -> None:
@@ -76,11 +76,12 @@ def test_a_model_that_was_changed_is_decoded_by_transformers_and_so_rightly(chan
 
 
 def test_a_row_padded_in_front_is_left_to_transformers() -> None:
-    model = with_generator(marian(), LIMITS)
-    assert isinstance(model, GeneratingModel)
+    hf_model = marian()
+    generator = load_generator(hf_model, LIMITS)
+    assert generator is not None
+    model = GeneratingModel(hf_model, generator)
     ids, mask = padded(sources(2))
     found = generate(model, ids.flip(1), mask.flip(1), DecodingOptions(max_new_tokens=6))
-    hf_model: Any = model.model
     expected = hf_model.generate(input_ids=ids.flip(1), attention_mask=mask.flip(1), max_new_tokens=6)
     assert found == expected.tolist()
 

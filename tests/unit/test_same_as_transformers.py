@@ -11,7 +11,7 @@ from eagleray.engine.decoder import NetworkGenerator
 from eagleray.engine.options import DecodingOptions
 from eagleray.engine.plan import BatchLimits
 
-ROWS = sources(300)
+ROWS = sources(300, seed=2)
 LIMITS = BatchLimits(max_items=32, max_tokens=100_000)  # rows enter and leave all the time
 
 

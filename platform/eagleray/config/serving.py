@@ -1,0 +1,71 @@
+"""The section `serve` of the one file: Ray Serve's words where the meaning is equal."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from eagleray.config.section import Section
+
+
+class AutoscalingConfig(Section):
+    """Ray Serve's autoscaling words."""
+
+    min_replicas: NonNegativeInt = Field(1, description="Fewest replicas; 0 lets an idle model go away.")
+    max_replicas: PositiveInt = Field(4, description="Most replicas.")
+    initial_replicas: NonNegativeInt | None = Field(None, description="Replicas at the start.")
+    target_ongoing_requests: PositiveFloat = Field(8.0, description="Requests in work per replica to aim at.")
+    upscale_delay_s: NonNegativeFloat = Field(2.0, description="Seconds of overload before a replica is added.")
+    downscale_delay_s: NonNegativeFloat = Field(60.0, description="Seconds of idleness before one is removed.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ReplicaOptions(Section):
+    """Ray resources of one replica."""
+
+    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs of one replica.")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of one replica.")
+
+
+class ServeConfig(Section):
+    """How the model is served."""
+
+    ref: str | None = Field(None, description="What is served: @best, @latest, @production, @step-100, ...")
+    num_replicas: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Replicas of the model; auto: autoscaling_config decides."
+    )
+    autoscaling_config: AutoscalingConfig = Field(
+        default_factory=AutoscalingConfig, description="Bounds and pace of autoscaling (num_replicas: auto)."
+    )
+    ray_actor_options: ReplicaOptions = Field(
+        default_factory=ReplicaOptions, description="Ray resources of one replica."
+    )
+    max_ongoing_requests: PositiveInt = Field(1000, description="Requests that one replica holds at once.")
+    max_batch_size: PositiveInt = Field(64, description="Items in one batch of the model.")
+    max_batch_tokens: PositiveInt = Field(8192, description="Tokens, padding included, in one batch of the model.")
+    max_queued_tokens: PositiveInt = Field(
+        65536, description="Tokens waiting in one replica; beyond it the answer is 429 with Retry-After."
+    )
+    max_items: PositiveInt = Field(1000, description="Items in one request.")
+    max_item_characters: PositiveInt = Field(20_000, description="Characters of one item.")
+    max_body_bytes: PositiveInt = Field(8 * 1024 * 1024, description="Bytes of one request's body.")
+    request_timeout_s: PositiveFloat = Field(
+        60.0, description="Seconds after which a request is answered 408 or 503."
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        "float32", description="Precision of inference; int8 is for CPUs, float16 for GPUs."
+    )
+    engine: Literal["auto", "torch", "ctranslate2"] = Field(
+        "auto",
+        description="What translates: auto takes CTranslate2 where it is installed, right and faster.",
+    )
+    num_beams: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Beams of a translation by default.")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Longest translation, in tokens; default: data.max_target_length."
+    )
