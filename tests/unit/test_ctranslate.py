@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 from random_models import EOS, PAD, marian, sources, t5
 
 from eagleray.engine.ctranslate import CTranslate2Generator
@@ -45,6 +46,14 @@ def test_answers_are_those_of_our_own_decoder(settings: dict[str, Any], num_beam
     theirs, ours = both(**settings)
     options = DecodingOptions(num_beams, max_new_tokens=14)
     assert theirs.generate(ROWS, options) == ours.generate(ROWS, options)
+
+
+@installed
+def test_the_model_is_left_as_it_is() -> None:
+    model = marian()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert isinstance(load_generator(model, LIMITS, "int8"), CTranslate2Generator)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @installed

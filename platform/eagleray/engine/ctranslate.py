@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
 from eagleray.engine.decoder.families import plain
@@ -112,8 +112,8 @@ def _specify(model: Any) -> Any:
     )
     _fill_stack(spec.encoder, spec.encoder.embeddings[0], encoder)
     _fill_stack(spec.decoder, spec.decoder.embeddings, decoder)
-    spec.decoder.projection.weight = plain(model.lm_head.weight)
-    spec.decoder.projection.bias = plain(model.final_logits_bias)[0]
+    spec.decoder.projection.weight = _copy(model.lm_head.weight)
+    spec.decoder.projection.bias = _copy(model.final_logits_bias)[0]
     words = [str(token) for token in range(config.vocab_size)]  # tokens are written as their numbers
     spec.register_source_vocabulary(words)
     spec.register_target_vocabulary(words[: len(model.lm_head.weight)])
@@ -130,8 +130,8 @@ def _name_tokens(config: Any, generation: Any) -> None:
 
 def _fill_stack(spec: Any, embeddings: Any, stack: Any) -> None:
     spec.scale_embeddings = float(stack.embed_scale)
-    spec.position_encodings.encodings = plain(stack.embed_positions.weight)
-    embeddings.weight = plain(stack.embed_tokens.weight)
+    spec.position_encodings.encodings = _copy(stack.embed_positions.weight)
+    embeddings.weight = _copy(stack.embed_tokens.weight)
     for part, layer in zip(spec.layer, stack.layers, strict=True):
         own = layer.self_attn
         _fill_linear(part.self_attention.linear[0], own.q_proj, own.k_proj, own.v_proj)
@@ -149,9 +149,14 @@ def _fill_stack(spec: Any, embeddings: Any, stack: Any) -> None:
 
 
 def _fill_linear(spec: Any, *modules: Any) -> None:
-    spec.weight = torch.cat([plain(module.weight) for module in modules])
-    spec.bias = torch.cat([plain(module.bias) for module in modules])
+    spec.weight = torch.cat([_copy(module.weight) for module in modules])
+    spec.bias = torch.cat([_copy(module.bias) for module in modules])
 
 
 def _fill_norm(spec: Any, module: Any) -> None:
-    spec.gamma, spec.beta = plain(module.weight), plain(module.bias)
+    spec.gamma, spec.beta = _copy(module.weight), _copy(module.bias)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return values that CTranslate2 may change: it quantises in place."""
+    return plain(tensor).float().clone()
