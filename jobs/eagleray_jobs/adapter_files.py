@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from eagleray.errors import CheckpointDamagedError
 from eagleray.lora import is_factor, saved_modules
@@ -15,6 +15,8 @@ from eagleray.store.checkpoint import Checkpoint
 from eagleray.tasks import task_class
 
 _TASK_TYPES = {"seq2seq-lm": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+_HEADS = ("classifier", "score")
+"""What peft takes for the head of a classifier, whether or not the config names it."""
 _PREFIX = "base_model.model."
 
 
@@ -33,20 +35,31 @@ def write_adapter(checkpoint: Checkpoint, model: nn.Module, directory: Path) -> 
 
     adapter = checkpoint.config().model.adapter
     assert adapter is not None
-    weights = {**checkpoint.tensors(), **checkpoint.tensors("adapter.")}
-    saved = saved_modules(model, adapter)
-    tensors = {
-        f"{_PREFIX}{name}": tensor
-        for name, tensor in weights.items()
-        if is_factor(name) or any(name.startswith(f"{module}.") for module in saved)
-    }
-    targets = sorted({name.partition(".lora_")[0] for name in weights if is_factor(name)})
+    stored = {**checkpoint.tensors(), **checkpoint.tensors("adapter.")}
+    factors = {name: tensor for name, tensor in stored.items() if is_factor(name)}
+    targets = sorted({name.partition(".lora_")[0] for name in factors})
     if not targets:
         raise CheckpointDamagedError(f"{checkpoint.ref} holds no adapter")
+    config, saved = _peft_config(checkpoint), saved_modules(model, adapter)
+    heads = _HEADS if config["task_type"] == "SEQ_CLS" else ()
+    tensors = factors | _of_modules(model, (*saved, *heads), set(targets))
     directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(checkpoint) | {"target_modules": targets, "modules_to_save": saved or None}
+    named = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config |= {"target_modules": targets, "modules_to_save": saved or None}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _of_modules(model: nn.Module, ends: tuple[str, ...], targets: set[str]) -> dict[str, Tensor]:
+    """Return the weights of the modules that peft takes for saved whole: all whose names end like that."""
+    modules = {
+        name: module for name, module in model.named_modules() if name.endswith(ends) and name not in targets
+    }
+    return {
+        f"{name}.{key}": parameter.detach()
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+    }
 
 
 def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:

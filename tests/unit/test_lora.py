@@ -185,8 +185,12 @@ def test_the_files_of_an_adapter_bear_the_names_that_peft_gives_them(tmp_path: P
     write_adapter(checkpoint, load_engine(checkpoint).model, tmp_path / "adapter")  # type: ignore[arg-type]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     target = "distilbert.transformer.layer.0.attention.q_lin"
-    ends = (f"{target}.lora_A.weight", f"{target}.lora_B.weight", "classifier.weight", "classifier.bias")
-    assert tensors.keys() == {f"base_model.model.{name}" for name in ends}
+    # peft takes every module for saved whole whose name ends like one of these.
+    heads = [f"{module}.{key}" for module in ("classifier", "pre_classifier") for key in ("weight", "bias")]
+    names = [f"{target}.lora_A.weight", f"{target}.lora_B.weight", *heads]
+    assert tensors.keys() == {f"base_model.model.{name}" for name in names}
+    trained_head = model.classifier.weight  # type: ignore[union-attr]
+    assert torch.equal(tensors["base_model.model.classifier.weight"], trained_head)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) == {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
