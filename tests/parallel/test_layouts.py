@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 from ranks import RankGroup
@@ -82,12 +83,20 @@ def test_a_layout_gives_what_one_process_gives(group: Groups, family: str, layou
     assert_same(found, one_process(family))
 
 
-@pytest.mark.parametrize("changes", [{"vocab_size": 37}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("marian", {"vocab_size": 37}),
+        ("marian", {"tie_word_embeddings": False}),
+        ("t5", {"vocab_size": 37, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 1}),
+    ],
+    ids=str,
+)
 def test_a_vocabulary_that_does_not_divide_and_untied_embeddings_are_right(
-    group: Groups, changes: dict[str, int]
+    group: Groups, family: str, changes: dict[str, Any]
 ) -> None:
-    found = group(2).run(in_layout, "marian", Layout(tensor=2), ParallelOptions(), 3, changes)[0]
-    assert_same(found, one_process("marian", **changes))
+    found = group(2).run(in_layout, family, Layout(tensor=2), ParallelOptions(), 3, changes)[0]
+    assert_same(found, one_process(family, **changes))
 
 
 def test_heads_that_the_degree_does_not_divide_are_refused_with_the_numbers(group: Groups) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from eagleray.config.cutting import cutting_problem
 from eagleray.config.families import FAMILIES
 from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.problems import Problem, explain
@@ -127,7 +128,7 @@ def _adapter_has_base(config: RunConfig) -> Problem | None:
 
 def _layout_fits_workers(config: RunConfig) -> Problem | None:
     try:
-        layout_of(config)
+        layout = layout_of(config)
     except ConfigError as error:
         return Problem(("parallel",), str(error))
-    return None
+    return cutting_problem(config, layout)

@@ -1,0 +1,94 @@
+"""Whether a layout can cut a model whose sizes are known before anything is built: families, local checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagleray.config.families import parse_family
+from eagleray.config.layout import Layout
+from eagleray.config.problems import Problem
+from eagleray.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Keys of a family's config that a layout must fit.
+
+    Attributes:
+        heads: What the tensor-parallel degree must divide.
+        layers: What pipeline stages are made of; an encoder and a decoder count together.
+    """
+
+    heads: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+SIZES: Mapping[str, Sizes] = {
+    "marian": Sizes(
+        ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"),
+        ("encoder_layers", "decoder_layers"),
+    ),
+    "t5": Sizes(("num_heads", "d_ff"), ("num_layers", "num_decoder_layers")),
+    "bert": Sizes(("num_attention_heads", "intermediate_size"), ("num_hidden_layers",)),
+    "distilbert": Sizes(("n_heads", "hidden_dim"), ("n_layers",)),
+    "vit": Sizes(("num_attention_heads", "intermediate_size"), ("num_hidden_layers",)),
+}
+
+_STAGES_PER_RANK = {"Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+
+
+def cutting_problem(config: RunConfig, layout: Layout) -> Problem | None:
+    """Return why a layout cannot cut a file's model, with the numbers; None where it can, or nobody knows yet."""
+    known = _settings(config)
+    if known is None:
+        return None
+    family, values = known
+    sizes = SIZES[family]
+    numbers = {key: values[key] for key in sizes.heads if isinstance(values.get(key), int)}
+    odd = {key: number for key, number in numbers.items() if number % layout.tensor}
+    if odd:
+        shown = " and ".join(f"{key} {value}" for key, value in odd.items())
+        key = ("parallel", "tensor_parallel_degree")
+        return Problem(key, f"{'.'.join(key)} {layout.tensor} does not divide {shown} of the {family} model")
+    return _too_many_stages(config, layout, [values.get(key) for key in sizes.layers])
+
+
+def _too_many_stages(config: RunConfig, layout: Layout, layers: list[Any]) -> Problem | None:
+    per_rank = _STAGES_PER_RANK.get(config.parallel.pipeline_parallel_schedule, 1)
+    if layout.pipeline == 1 or not all(isinstance(number, int) for number in layers):
+        return None
+    if layout.pipeline * per_rank <= sum(layers):
+        return None
+    return Problem(
+        ("parallel", "pipeline_parallel_degree"),
+        f"parallel.pipeline_parallel_degree {layout.pipeline} with {per_rank} stages per rank "
+        f"({config.parallel.pipeline_parallel_schedule}) makes {layout.pipeline * per_rank} stages, but the model "
+        f"has {sum(layers)} layers, and each stage needs one",
+    )
+
+
+def _settings(config: RunConfig) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the family and its settings, from the file or from the `config.json` of a local checkpoint."""
+    if config.model.family is not None:
+        values = parse_family(config.model).model_dump()
+        return config.model.family, values | _symmetric(values)
+    if config.model.pretrained is None:
+        return None
+    path = Path(config.model.pretrained).expanduser() / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a hub id, or a directory that is refused where it is opened
+    if not isinstance(found, dict) or found.get("model_type") not in SIZES:
+        return None
+    values = {**found, **config.model.config}
+    return str(found["model_type"]), values | _symmetric(values)
+
+
+def _symmetric(values: Mapping[str, Any]) -> dict[str, Any]:
+    """T5's decoder is as deep as its encoder unless it is said."""
+    return {"num_decoder_layers": values.get("num_decoder_layers") or values.get("num_layers")}

@@ -1,0 +1,75 @@
+"""A model that a layout cannot cut is refused when the file is read, with the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagleray.config.crosschecks import cross_problems
+from eagleray.config.cutting import SIZES
+from eagleray.config.families import FAMILIES
+from eagleray.config.schema import RunConfig
+
+
+def messages(model: dict[str, Any], **parallel: Any) -> list[str]:
+    task = "translation" if model.get("family") in ("marian", "t5") else "text-classification"
+    data = {"train": "rows.jsonl"}
+    sections = {"name": "x", "task": task, "model": model, "data": data, "parallel": parallel}
+    return [problem.message for problem in cross_problems(RunConfig.model_validate(sections))]
+
+
+def test_the_sizes_are_keys_of_every_family() -> None:
+    assert SIZES.keys() == FAMILIES.keys()
+    for family, sizes in SIZES.items():
+        assert {*sizes.heads, *sizes.layers} <= FAMILIES[family].model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    "model, parallel, message",
+    [
+        (
+            {"family": "t5", "config": {"num_heads": 6, "d_ff": 32}},
+            {"tensor_parallel_degree": 4},
+            "parallel.tensor_parallel_degree 4 does not divide num_heads 6 of the t5 model",
+        ),
+        (
+            {"family": "bert"},
+            {"tensor_parallel_degree": 3},
+            "3 does not divide num_attention_heads 4 and intermediate_size 512 of the bert model",
+        ),
+        (
+            {"family": "t5", "config": {"num_layers": 1}},
+            {"pipeline_parallel_degree": 3},
+            "3 with 1 stages per rank (1F1B) makes 3 stages, but the model has 2 layers",
+        ),
+        (
+            {"family": "distilbert"},
+            {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+            "makes 4 stages, but the model has 2 layers",
+        ),
+    ],
+)
+def test_a_family_that_the_layout_cannot_cut_is_refused(
+    model: dict[str, Any], parallel: dict[str, Any], message: str
+) -> None:
+    (found,) = messages(model, **parallel)
+    assert message in found
+
+
+def test_a_layout_that_fits_is_no_problem() -> None:
+    assert messages({"family": "t5"}, tensor_parallel_degree=4) == []
+    assert messages({"family": "t5"}, pipeline_parallel_degree=6) == []
+    assert messages({"family": "bert"}, data_parallel_shard_degree=3) == []
+
+
+def test_a_local_checkpoint_is_looked_into_and_a_hub_id_is_not(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "distilbert", "n_heads": 12, "hidden_dim": 3072})
+    )
+    (found,) = messages({"pretrained": str(tmp_path)}, tensor_parallel_degree=5)
+    assert "5 does not divide n_heads 12 and hidden_dim 3072 of the distilbert model" in found
+    assert messages({"pretrained": str(tmp_path)}, tensor_parallel_degree=4) == []
+    assert messages({"pretrained": "org/model"}, tensor_parallel_degree=5) == []
