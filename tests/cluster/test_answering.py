@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray_cluster import RayCluster
 from serving_models import CODE, commit, echo
+from train_runs import CommandLine, await_condition
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
@@ -70,21 +71,36 @@ def eagleray(cluster: RayCluster, environment: dict[str, str], *arguments: objec
     return result
 
 
-def test_four_workers_write_byte_for_byte_what_one_writes(
+def test_four_workers_killed_and_called_again_write_byte_for_byte_what_one_writes(
     ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
 ) -> None:
     lines = [f"sentence number {i} of {'very ' * (i % 7)}many" for i in range(10_000)]
     (tmp_path / "in.txt").write_text("\n".join(lines) + "\n")
-    for num_workers in (1, 4):
+
+    def call(num_workers: int) -> tuple[object, ...]:
         output = tmp_path / f"out-{num_workers}.jsonl"
-        report = eagleray(
-            ray_cluster, ray_environment, "predict", "tiny", tmp_path / "in.txt", output,
-            "--store", store.location, "--num-workers", num_workers,
-        )  # fmt: skip
-        assert (report["num_rows"], report["num_errors"]) == (10_000, 0)
-    one, four = ((tmp_path / f"out-{n}.jsonl").read_bytes() for n in (1, 4))
-    assert one == four
-    assert [json.loads(line)["source"] for line in one.split(b"\n") if line] == lines
+        return (
+            "predict",
+            "tiny",
+            tmp_path / "in.txt",
+            output,
+            "--store",
+            store.location,
+            "--num-workers",
+            num_workers,
+        )
+
+    one = eagleray(ray_cluster, ray_environment, *call(1))
+    with CommandLine(ray_environment).start(*call(4), "--address", ray_cluster.address) as process:
+        await_condition(lambda: any(tmp_path.glob("out-4.jsonl.parts/*/*.json")), process)
+        process.kill()
+    assert not (tmp_path / "out-4.jsonl").exists()
+    four = eagleray(ray_cluster, ray_environment, *call(4))
+    assert [(report["num_rows"], report["num_errors"]) for report in (one, four)] == [(10_000, 0)] * 2
+    assert 0 < four["num_resumed"] < 10_000
+    written = (tmp_path / "out-1.jsonl").read_bytes()
+    assert written == (tmp_path / "out-4.jsonl").read_bytes()
+    assert [json.loads(line)["source"] for line in written.split(b"\n") if line] == lines
 
 
 def test_a_version_with_code_of_its_own_answers_where_the_code_lies_elsewhere(
