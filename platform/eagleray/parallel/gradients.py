@@ -31,9 +31,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: dist.ProcessGrou
     for parameter in parameters:
         if parameter.grad is not None:
             parts[_cut_axes(parameter.grad)].append(local(parameter.grad))
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for (mesh, axes), gradients in parts.items():
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        squares = _sum_of_squares(gradients)
         if mesh is not None:
             squares = squares.to(mesh.device_type)  # offloaded gradients are on the host, collectives are not
         for axis in axes:
@@ -42,7 +42,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], pipeline: dist.ProcessGrou
         total = total.to(squares.device) + squares
     if pipeline is not None:
         dist.all_reduce(total, group=pipeline)
-    return total.sqrt()
+    return total.sqrt().float()
 
 
 @torch.no_grad()
@@ -56,6 +56,19 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a tensor whole, on the CPU, copied; collective over the ranks that hold parts."""
     value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return value.detach().to("cpu", copy=True)
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements, shape (), float64.
+
+    On a CPU torch adds up a whole float32 tensor in float32: the norm of an embedding's gradient was wrong by
+    1e-5, and by something else in each layout. So rows are added up in float32 and the rest in float64. A GPU adds
+    up as a tree.
+    """
+    if gradients[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    rows = [torch.linalg.vector_norm(gradient, dim=-1).double().square().sum() for gradient in gradients]
+    return torch.stack(rows).sum()
 
 
 def _cut_axes(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
