@@ -20,7 +20,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """
     groups = _decay_groups(model.parameters(), config.weight_decay)
     if config.optim == "sgd":
-        return SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        # torch's fused SGD does not know tensors that are cut over ranks.
+        is_cut = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+        return SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=not is_cut)
     betas = (config.adam_beta1, config.adam_beta2)
     return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
