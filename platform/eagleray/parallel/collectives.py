@@ -135,7 +135,7 @@ def _all_gather(x: Tensor, dim: int, length: int, group: dist.ProcessGroup) -> T
     size, world = _part_size(length, group), dist.get_world_size(group)
     own = _pad(x, dim, size).movedim(dim, 0).contiguous()
     whole = own.new_empty((size * world, *own.shape[1:]))
-    dist.all_gather_into_tensor(whole, own, group=group)
+    dist.all_gather_single(whole, own, group=group)
     return whole[:length].movedim(0, dim).contiguous()
 
 
@@ -143,7 +143,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     length, size, world = x.shape[dim], _part_size(x.shape[dim], group), dist.get_world_size(group)
     whole = _pad(x, dim, size * world).movedim(dim, 0).contiguous()
     own = whole.new_empty((size, *whole.shape[1:]))
-    dist.reduce_scatter_tensor(own, whole, group=group)
+    dist.reduce_scatter_single(own, whole, group=group)
     start = min(dist.get_rank(group) * size, length)
     return own[: min(size, length - start)].movedim(0, dim).contiguous()
 
