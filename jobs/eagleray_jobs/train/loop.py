@@ -65,12 +65,16 @@ class _Loop:
         model = _cut(spec, parts)
         self.pipeline = model if isinstance(model, Pipeline) else None
         module = self.pipeline or parts.model
+        if parts.probe is not None:
+            parts.probe.cut(module)
         optimizer = build_optimizer(module, config)
         computes = coordinate
         if self.pipeline is not None:  # the last stage need not be on the last rank
             counts = self.pipeline.holds_last and parts.mesh.get_local_rank("tp") == 0
             computes = replace(coordinate, counts=counts)
-        self.step = TrainStep(model, parts.task, optimizer, config, self.exchange, computes, parts.device)
+        self.step = TrainStep(
+            model, parts.task, optimizer, config, self.exchange, computes, parts.device, parts.probe
+        )
         self.state = TrainState(module, optimizer, self.step.scaler, spec.config.model.adapter)
         self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
         self.goal = Goal.of(config, parts.task.best_metric)

@@ -37,6 +37,7 @@ from eagleray_jobs.train.batches import Rows
 from eagleray_jobs.train.evaluation import ScoredRows
 from eagleray_jobs.train.exchange import Exchange
 from eagleray_jobs.train.metrics import FILE_NAME, JsonlFile, JsonlSegments, MetricSink, TensorBoardFiles
+from eagleray_jobs.train.probe import Probe
 from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.saving import Saver
 from eagleray_jobs.train.spec import WorkerSpec
@@ -65,6 +66,7 @@ class Parts:
         resume: The version to go on from.
         sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
         prune: Applies `train.save_total_limit`, on rank 0.
+        probe: Sees what is trained, and the gradients of every step.
     """
 
     model: nn.Module
@@ -81,6 +83,7 @@ class Parts:
     resume: Restorable | None = None
     sinks: Sinks = lambda step: ()
     prune: Callable[[], object] | None = None
+    probe: Probe | None = None
 
 
 def assemble(

@@ -23,6 +23,7 @@ from eagleray_jobs.train.batches import StepBatch
 from eagleray_jobs.train.exchange import Exchange, Pending, Totals
 from eagleray_jobs.train.optimizer import set_learning_rate
 from eagleray_jobs.train.passes import ModelPasses, Passes, PipelinePasses
+from eagleray_jobs.train.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class TrainStep:
         exchange: Carries the totals between the ranks.
         coordinate: Which slice of the global batch this rank reads.
         device: Where this rank computes.
+        probe: Sees the gradients of every step.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class TrainStep:
         exchange: Exchange,
         coordinate: DataCoordinate,
         device: torch.device,
+        probe: Probe | None = None,
     ) -> None:
         check_precision(config, device)
         self._model = model
@@ -71,6 +74,7 @@ class TrainStep:
         self._config = config
         self._exchange = exchange
         self._coordinate = coordinate
+        self._probe = probe
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._passes: Passes
         self._counted, self._stages = self._parameters, None
@@ -101,7 +105,10 @@ class TrainStep:
             self._raise_non_finite(batch.step)
         self._check_gradients()
         self.scaler.unscale_(self._optimizer)
-        grad_norm = self._scale_and_clip(self._gradient_scale(totals))
+        scale = self._gradient_scale(totals)
+        if self._probe is not None:
+            self._probe.backward(batch.step, scale)
+        grad_norm = self._scale_and_clip(scale)
         set_learning_rate(self._optimizer, learning_rate)
         self.scaler.step(self._optimizer)
         self.scaler.update()

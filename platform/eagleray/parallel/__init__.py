@@ -1,6 +1,6 @@
 """Layouts: the mesh of the workers, and what it does to a model. Plain torch."""
 
-from eagleray.parallel.apply import apply_layout, apply_pipeline, check_device, check_supported
+from eagleray.parallel.apply import apply_layout, apply_pipeline, check_device, check_layout, check_supported
 from eagleray.parallel.local import Fill
 from eagleray.parallel.mesh import DataCoordinate, build_mesh, data_coordinate
 from eagleray.parallel.options import ParallelOptions
@@ -19,6 +19,7 @@ __all__ = [
     "apply_pipeline",
     "build_mesh",
     "check_device",
+    "check_layout",
     "check_supported",
     "data_coordinate",
     "gathered",

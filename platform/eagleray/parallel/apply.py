@@ -13,7 +13,7 @@ from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.local import Fill, materialize
 from eagleray.parallel.options import ParallelOptions
-from eagleray.parallel.pipeline import Pipeline, micro_batches
+from eagleray.parallel.pipeline import Pipeline, check_sharded_stages, cut_model, micro_batches
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
 from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
@@ -53,6 +53,27 @@ def check_device(options: ParallelOptions, device: torch.device) -> None:
         )
 
 
+def check_layout(model: nn.Module, layout: Layout, plan: ParallelPlan, options: ParallelOptions) -> None:
+    """Refuse a layout that a model cannot be cut by, before there are ranks.
+
+    Args:
+        model: The whole model; `meta` will do. It is not changed.
+        layout: The degrees.
+        plan: What the model tells about itself.
+        options: How the layout would be applied.
+
+    Raises:
+        ConfigError: It cannot; with the numbers.
+    """
+    check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
+    if layout.tensor > 1:
+        check_styles(model, plan)
+    if layout.pipeline > 1:
+        cut = cut_model(model, layout, plan, options)
+        if Sharding.is_needed(layout):
+            check_sharded_stages(model, plan, cut, options.schedule, layout.pipeline)
+
+
 def apply_layout(
     model: nn.Module,
     layout: Layout,
@@ -82,9 +103,7 @@ def apply_layout(
     """
     assert layout.pipeline == 1, "a pipeline is made by `apply_pipeline`"
     check_device(options, device)
-    check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
-    if layout.tensor > 1:
-        check_styles(model, plan)
+    check_layout(model, layout, plan, options)
     _cut_and_shard(model, model, layout, mesh, plan, options)
     if fill is not None:
         materialize(model, device)
@@ -120,12 +139,8 @@ def apply_pipeline(
     Raises:
         ConfigError: The layout cannot be applied to this model.
     """
-    check_tensor_plan(plan, layout, sequence_parallel=options.sequence_parallel)
-    if layout.tensor > 1:
-        check_styles(model, plan)
+    check_layout(model, layout, plan, options)
     pipeline = Pipeline(model, layout, mesh, device, plan=plan, options=options, loss=loss)
-    if Sharding.is_needed(layout):
-        pipeline.check_sharding()
     for stage in pipeline.own_stages():
         _cut_and_shard(stage.module, stage, layout, mesh, plan, options)
         materialize(stage, device)

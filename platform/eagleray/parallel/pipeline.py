@@ -24,7 +24,7 @@ from eagleray.gloo import register
 from eagleray.parallel.cut import cut_layers, estimate_costs
 from eagleray.parallel.gradients import whole
 from eagleray.parallel.local import local, materialize
-from eagleray.parallel.options import ParallelOptions
+from eagleray.parallel.options import ParallelOptions, Schedule
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.stage import LossFunction, Stage, capture_inputs, prune
 
@@ -82,6 +82,42 @@ def cut_model(model: nn.Module, layout: Layout, plan: ParallelPlan, options: Par
         )
     num_stages = layout.pipeline * _STAGES_PER_RANK[options.schedule]
     return cut_layers(estimate_costs(model, plan, options.length), num_stages, options.split)
+
+
+def check_sharded_stages(
+    model: nn.Module, plan: ParallelPlan, cut: list[range], schedule: Schedule, num_ranks: int
+) -> None:
+    """Refuse what FSDP cannot do in a pipeline.
+
+    It owns the memory of each stage, so two stages of a rank cannot share a parameter; and it loses gradients
+    when the backward pass is split into inputs and weights.
+
+    Args:
+        model: The whole model; `meta` will do.
+        plan: What it tells about itself.
+        cut: The layers of each stage, from `cut_model`.
+        schedule: The pipeline's.
+        num_ranks: Ranks of a pipeline.
+
+    Raises:
+        ConfigError: The schedule splits the backward pass, or ties two stages of any rank.
+    """
+    if schedule.endswith("ZeroBubble"):
+        raise ConfigError(
+            f"parallel.pipeline_parallel_schedule {schedule} does not work beside data-parallel "
+            "degrees: FSDP loses gradients when the backward pass is split",
+            "use 1F1B, Interleaved1F1B or GPipe, or tensor parallelism instead",
+        )
+    holders, _ = _holders_of(model, plan, cut)
+    for rank in range(num_ranks):
+        numbers = stage_numbers(schedule, rank, num_ranks)
+        shared = [name for name, held in holders.items() if len(set(held) & set(numbers)) > 1]
+        if shared:
+            raise ConfigError(
+                f"schedule {schedule} puts {shared[0]}, which is tied, into two stages of rank "
+                f"{rank}, and data-parallel degrees beside a pipeline cannot hold it there",
+                "use schedule 1F1B or GPipe, another pipeline_parallel_split, or untie the embeddings",
+            )
 
 
 class Pipeline(nn.Module):
@@ -155,31 +191,6 @@ class Pipeline(nn.Module):
             for stage in self.own_stages()
             for name, value in stage.module.state_dict(*args, **kwargs).items()
         }
-
-    def check_sharding(self) -> None:
-        """Refuse what FSDP cannot do in a pipeline.
-
-        It owns the memory of each stage, so two stages of a rank cannot share a parameter; and it loses gradients
-        when the backward pass is split into inputs and weights.
-
-        Raises:
-            ConfigError: The schedule splits the backward pass, or ties two stages of any rank.
-        """
-        if self._options.schedule.endswith("ZeroBubble"):
-            raise ConfigError(
-                f"parallel.pipeline_parallel_schedule {self._options.schedule} does not work beside data-parallel "
-                "degrees: FSDP loses gradients when the backward pass is split",
-                "use 1F1B, Interleaved1F1B or GPipe, or tensor parallelism instead",
-            )
-        for rank in range(self._group.size()):
-            numbers = stage_numbers(self._options.schedule, rank, self._group.size())
-            shared = [name for name, held in self._holders.items() if len(set(held) & set(numbers)) > 1]
-            if shared:
-                raise ConfigError(
-                    f"schedule {self._options.schedule} puts {shared[0]}, which is tied, into two stages of rank "
-                    f"{rank}, and data-parallel degrees beside a pipeline cannot hold it there",
-                    "use schedule 1F1B or GPipe, another pipeline_parallel_split, or untie the embeddings",
-                )
 
     @property
     def group(self) -> dist.ProcessGroup:
