@@ -17,7 +17,19 @@ from eagleray.console import INTERRUPTED, Output, fail
 GROUP = "eagleray.commands"
 EXIT_USAGE = 2
 # The order of the journey; other verbs follow.
-ORDER = ("init", "validate", "train", "evaluate", "predict", "serve", "models", "store", "jobs", "doctor")
+ORDER = (
+    "init",
+    "validate",
+    "verify",
+    "train",
+    "evaluate",
+    "predict",
+    "serve",
+    "models",
+    "store",
+    "jobs",
+    "doctor",
+)
 
 
 class _Journey(TyperGroup):

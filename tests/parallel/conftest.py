@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from ranks import RankGroup
+from ranks import RankGroup, RankGroups
 
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[Callable[[int], RankGroup]]:
     """`group(world_size).run(function, *args)` returns the result of every rank."""
-    groups: dict[int, RankGroup] = {}
-
-    def of(world_size: int) -> RankGroup:
-        return groups.setdefault(world_size, RankGroup(world_size))
-
-    yield of
-    for started in groups.values():
-        started.close()
+    with RankGroups() as groups:
+        yield groups

@@ -41,7 +41,7 @@ def test_a_failing_rank_is_named_with_its_traceback_and_the_group_starts_anew() 
     try:
         with pytest.raises(RanksFailed) as error:
             group.run(fail_on, 1)
-        assert list(error.value.tracebacks) == [1]
+        assert [failure.world_rank for failure in error.value.failures] == [1]
         assert "ValueError: rank 1 fails" in str(error.value)
         with pytest.raises(RanksFailed, match="exit status 3"):
             group.run(die_on, 0)

@@ -106,6 +106,23 @@ def prepare(
     return prepared
 
 
+def find_prepared(config: RunConfig, task: Task, store: ObjectStore, source: Source) -> PreparedData | None:
+    """Return the rows of a file where somebody has prepared them; nothing is written.
+
+    Args:
+        config: The file.
+        task: Its task.
+        store: Where they may be.
+        source: What `open_source` gave for this file.
+
+    Raises:
+        DataError: There is nothing to train on.
+    """
+    reader = ExampleReader(config.data, task.columns, task.input_columns, split_shares(config.data))
+    fingerprint, _ = _identify(config, task, source, reader)
+    return PreparedData(store, fingerprint) if store.exists(manifest_key(fingerprint)) else None
+
+
 def _identify(
     config: RunConfig, task: Task, source: Source, reader: ExampleReader
 ) -> tuple[str, Processor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,7 +123,8 @@ def trace(optim: str, exchange: Fault | None) -> Trace:
         for name, parameter in parameters.items():
             parameter.grad = gradients[name].clone()
         optimizer.step()
-    return Trace(first, norms, losses, {name: value.detach().clone() for name, value in parameters.items()})
+    after = {name: value.detach().clone() for name, value in parameters.items()}
+    return Trace(first, norms, losses, after, distance=1e-3 * STEPS)
 
 
 def _gradients(
@@ -180,3 +182,23 @@ def test_a_missing_tensor_and_a_value_that_is_not_finite_are_mismatches() -> Non
     }
     spoilt = Trace(honest.gradients, [float("nan"), *honest.norms[1:]], honest.losses, honest.parameters)
     assert [m.name for m in compare(spoilt, honest, "sgd").mismatches] == ["step 1"]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_an_update_that_is_missing_in_one_tensor_is_found_where_gradients_are_right(optim: str) -> None:
+    honest = trace(optim, None)
+    kept = {name: value.detach() for name, value in make_model().named_parameters()}
+    forgot = replace(honest, parameters={**honest.parameters, "3.bias": kept["3.bias"]})
+    assert [m.name for m in compare(forgot, honest, optim).mismatches] == ["3.bias"]  # type: ignore[arg-type]
+
+
+def test_what_adamw_makes_of_rounding_is_no_difference_but_more_than_it_can_move_is() -> None:
+    honest = trace("adamw", None)
+    gradient, value = honest.gradients["3.bias"].clone(), honest.parameters["3.bias"].clone()
+    gradient[0] = 1e-12  # sums that cancel: the sign of what is left is an accident
+    expected = replace(honest, gradients={**honest.gradients, "3.bias": gradient})
+    for moved, passes in ((1e-3, True), (1e-1, False)):
+        other = value.clone()
+        other[0] += moved
+        found = replace(expected, parameters={**honest.parameters, "3.bias": other})
+        assert compare(found, expected, "adamw").passed is passes
