@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 EOS, PAD, FIRST_WORD = 0, 1, 2
-SHARPNESS, LOUDNESS, NOISE = 6.0, 4.0, 0.01
+SHARPNESS, LOUDNESS, NOISE = 9.0, 4.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ def _scatter(model: Any) -> None:
     """Fill everything but norms and positions with small random numbers."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed_positions" not in name:
-            parameter.normal_(std=NOISE)
+            parameter.normal_(std=NOISE / parameter.shape[1] ** 0.5)
 
 
 def _align(model: Any, width: int, head_dim: int) -> None:
     """Let the target's place find the same place of the source, and bring its token."""
-    fast = head_dim // 4  # of sine and cosine each: the waves that tell neighbours apart
+    fast = head_dim // 8  # of sine and cosine each: the waves that tell neighbours apart
     places = torch.cat([torch.arange(fast), width // 2 + torch.arange(fast)])
     words = torch.ones(width)
     words[places] = 0  # tokens stay out of these dimensions, else they would blur the places
