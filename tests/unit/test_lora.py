@@ -10,13 +10,15 @@ import pytest
 import torch
 from fake_checkpoint import FakeCheckpoint
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import PAIRS, ROWS, save_distilbert, save_t5, tiny_config, tiny_parts
 from torch import nn
 
 from eagleray.config.crosschecks import cross_problems
 from eagleray.config.schema import AdapterConfig
 from eagleray.engine import load_engine
+from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
+from eagleray.engine.plan import BatchLimits
 from eagleray.errors import CheckpointDamagedError, ConfigError
 from eagleray.lora import LoraLinear, add_adapter, is_factor, merged
 from eagleray.models import build_model, initialize, materialize, model_files, pretrained_base, restore_model
@@ -157,6 +159,15 @@ def test_a_new_head_must_be_trained_with_the_adapter(tmp_path: Path) -> None:
 def test_what_does_not_fit_the_model_is_refused(tmp_path: Path, adapter: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         adapted(save_t5(tmp_path), **adapter)
+
+
+def test_an_adapted_head_is_not_decoded_without_its_adapter(tmp_path: Path) -> None:
+    path = save_t5(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["shared.weight"] + 1.0}, path, metadata={"format": "pt"})
+    _, _, model = adapted(tmp_path, target_modules=["lm_head"])
+    with pytest.raises(UnknownModelError, match="LoraLinear"):
+        NetworkGenerator.of(model.eval(), BatchLimits())
 
 
 @pytest.mark.parametrize("adapter", [{}, {**LORA, "rank": 0}, {**LORA, "rang": 2}, {**LORA, "type": "lorra"}])

@@ -96,6 +96,16 @@ class Parts:
         biases = [zeros(part.out_features) if part.bias is None else plain(part.bias) for part in parts]
         return self.product(_join(weights), _join(biases))
 
+    def matrix(self, module: nn.Module) -> Tensor:
+        """Return the matrix of a projection, outputs by inputs.
+
+        Raises:
+            UnknownModelError: It is not a plain `nn.Linear`: an adapter, which adds to what the matrix gives.
+        """
+        _check(module, nn.Linear)
+        part: Any = module
+        return plain(part.weight)
+
     def product(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """Return the product with a matrix."""
         return make_linear(weight_OI, bias_O, self.precision)

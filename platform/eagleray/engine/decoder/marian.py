@@ -56,7 +56,7 @@ def build(model: Any, parts: Parts) -> Network:
         decoder_positions=_positions(decoder, parts),
         decoder=[_decoder_layer(layer, config.activation_function, parts) for layer in decoder.layers],
         decoder_end=None,
-        scores=parts.product(plain(model.lm_head.weight), plain(model.final_logits_bias)[0]),
+        scores=parts.product(parts.matrix(model.lm_head), plain(model.final_logits_bias)[0]),
         dtype=parts.dtype,
         device=device,
     )

@@ -71,7 +71,7 @@ def build(model: Any, parts: Parts) -> Network:
         decoder_positions=_positions(decoder, parts),
         decoder=[_decoder_layer(block, config, parts) for block in decoder.block],
         decoder_end=_scaled(_norm(decoder.final_layer_norm, parts), width),
-        scores=parts.product(plain(model.lm_head.weight), None),
+        scores=parts.product(parts.matrix(model.lm_head), None),
         dtype=parts.dtype,
         device=model.shared.weight.device,
     )
