@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PACKAGES = ("eagleray", "eagleray_jobs", "eagleray_serving")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s%(origin)s: %(message)s"
@@ -70,9 +70,11 @@ class RayLog:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._removed: list[tuple[logging.Logger, logging.Handler]] = []
         self._propagate: dict[logging.Logger, bool] = {}
+        self._print: Any = None
 
     def divert(self) -> None:
         """Take every stream handler off Ray's loggers and write to the file instead."""
+        self._divert_printed()
         logging.getLogger("ray")  # so that it exists below
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if isinstance(logger, logging.Logger) and name.split(".")[0] == "ray":
@@ -91,8 +93,20 @@ class RayLog:
             self._propagate.setdefault(logger, logger.propagate)
             logger.propagate = False
 
+    def _divert_printed(self) -> None:
+        """What a cluster tells every driver, such as the death of a node, is printed and not logged."""
+        worker: Any = sys.modules.get("ray._private.worker")
+        if worker is not None and self._print is None:
+            self._print, worker.print_to_stdstream = worker.print_to_stdstream, self._log_printed
+
+    def _log_printed(self, data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        logging.getLogger("ray").warning("(%s) %s", data.get("pid"), "\n".join(data["lines"]))
+
     def restore(self) -> None:
         """Give Ray's loggers back what was taken."""
+        if self._print is not None:
+            sys.modules["ray._private.worker"].print_to_stdstream = self._print  # type: ignore[attr-defined]
+            self._print = None
         for logger, propagate in self._propagate.items():
             logger.removeHandler(self._handler)
             logger.propagate = propagate

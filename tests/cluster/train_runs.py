@@ -129,14 +129,18 @@ def metrics(store: Path, run: int = 1) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def weights(store: Path, ref: str) -> dict[str, torch.Tensor]:
-    """Read every tensor of a version, the optimizer's too."""
+def weights(store: Path, ref: str, *prefixes: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of a version; without prefixes all of them, the optimizer's too."""
     from eagleray.store.objects import ObjectStore
     from eagleray.store.registry import Registry
 
     checkpoint = Registry(ObjectStore.open(str(store))).open(ref)
     assert checkpoint.verify() == []
-    return {**checkpoint.tensors("model."), **checkpoint.tensors("optim.")}
+    return {
+        name: tensor
+        for prefix in prefixes or ("model.", "optim.")
+        for name, tensor in checkpoint.tensors(prefix).items()
+    }
 
 
 def assert_bitwise_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
