@@ -80,3 +80,9 @@ def test_a_precision_that_the_device_does_not_have_is_refused(dtype: Any, device
     task, processor, model = tiny_parts(tiny_config())
     with pytest.raises(ConfigError, match=message):
         Engine(model, task, processor, ref="x@r1-step-00000001", limits=LIMITS, device=device, dtype=dtype)
+
+
+def test_an_engine_for_translators_is_refused_for_a_classifier() -> None:
+    checkpoint, _ = tiny_checkpoint("text-classification")
+    with pytest.raises(ConfigError, match=r"serve\.engine ctranslate2 is for models that generate text"):
+        load_engine(checkpoint, serve=ServeConfig(engine="ctranslate2"))

@@ -299,7 +299,10 @@ def _prepare_model(
         backend: What generates.
         alone: Whether the task may run the model by itself, so that its own weights are needed too.
     """
-    generator = load_generator(model, limits, precision, backend) if hasattr(model, "generate") else None
+    generates = hasattr(model, "generate")
+    if backend == "ctranslate2" and not generates:
+        raise ConfigError("serve.engine ctranslate2 is for models that generate text", "leave serve.engine out")
+    generator = load_generator(model, limits, precision, backend) if generates else None
     if generator is None:
         return lower_precision(model, precision)
     if precision != "float32" and not alone:
