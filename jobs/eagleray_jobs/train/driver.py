@@ -18,11 +18,16 @@ from eagleray.config.crosschecks import layout_of
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError
+from eagleray.models import build_unfilled
+from eagleray.models.plans import parallel_plan
+from eagleray.parallel import ParallelOptions, check_layout
+from eagleray.parallel.cut import describe_cut
+from eagleray.parallel.pipeline import cut_model
 from eagleray.resources import ResourceRequest
 from eagleray.store.claim import Finished, RunClaim, claim_run
 from eagleray.store.decide import Outcome
 from eagleray.store.objects import ObjectStore
-from eagleray.tasks import load_task
+from eagleray.tasks import Processor, load_task
 from eagleray.user_code import add_code
 from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare
 from eagleray_jobs.data.ray_pieces import run_with_ray
@@ -156,9 +161,21 @@ class _Driver:
             return run_with_ray(encode, pieces)
 
         prepared = prepare(self.config, task, self.store, run_pieces, self.view.note, self.source)
+        self._show_cut(task.load_processor(prepared.processor_files))
         max_steps = num_steps(self.train_config, len(prepared.split("train")))
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
         return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps)
+
+    def _show_cut(self, processor: Processor) -> None:
+        """Show the stages of a pipeline before there are workers, and refuse what cannot be cut."""
+        if self.layout.pipeline == 1:
+            return
+        model, _ = build_unfilled(self.config, processor)
+        plan, options = parallel_plan(model), ParallelOptions.of(self.config)
+        check_layout(model, self.layout, plan, options)
+        cut = cut_model(model, self.layout, plan, options)
+        for line in describe_cut(model, plan, cut, options.length):
+            self.view.note(f"pipeline: {line}")
 
     def _fit(self, claim: RunClaim, cluster: Cluster, spec: WorkerSpec, request: ResourceRequest) -> LoopResult:
         board = open_board(cluster.node_id())

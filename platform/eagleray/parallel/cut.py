@@ -84,6 +84,36 @@ def estimate_costs(model: nn.Module, plan: ParallelPlan, length: int) -> list[fl
     return list(costs.values())
 
 
+def describe_cut(model: nn.Module, plan: ParallelPlan, cut: Sequence[range], length: int) -> list[str]:
+    """Say in a line for each stage which layers it has and what they cost.
+
+    Args:
+        model: The whole model; `meta` will do.
+        plan: Its layers.
+        cut: The layers of each stage.
+        length: Tokens of a sequence.
+    """
+    names = [name for name, _ in plan.named_layers(model)]
+    costs = estimate_costs(model, plan, length)
+    lines = []
+    for number, layers in enumerate(cut):
+        share = sum(costs[layer] for layer in layers) / sum(costs)
+        lines.append(
+            f"stage {number}: {_spans([names[layer] for layer in layers])}; {share:.0%} of the estimated cost"
+        )
+    return lines
+
+
+def _spans(names: Sequence[str]) -> str:
+    """Shorten consecutive layers of one list: `encoder.layers.0 to 5`."""
+    spans: dict[str, list[str]] = {}
+    for name in names:
+        list_name, _, number = name.rpartition(".")
+        spans.setdefault(list_name, []).append(number)
+    shown = (f"{list_name}.{' to '.join(dict.fromkeys((each[0], each[-1])))}" for list_name, each in spans.items())
+    return ", ".join(shown)
+
+
 def _matrices(module: nn.Module) -> float:
     return float(sum(p.numel() for m in module.modules() for p in m.parameters(recurse=False) if p.ndim >= 2))
 

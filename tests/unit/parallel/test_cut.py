@@ -7,11 +7,13 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel import ParallelOptions, check_supported
-from eagleray.parallel.cut import balance, cut_layers
+from eagleray.parallel.cut import balance, cut_layers, describe_cut
+from eagleray.parallel.plan import ParallelPlan
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 4))
@@ -44,6 +46,17 @@ def test_a_split_that_does_not_fit_is_refused(split: list[int]) -> None:
 def test_too_few_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="the model has 3 layers, too few for 4 pipeline stages"):
         cut_layers([1, 1, 1], 4)
+
+
+def test_a_cut_is_described_by_its_layers_and_their_share_of_the_cost() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), "decoder": nn.ModuleList([nn.Linear(4, 20)])}
+    )
+    plan = ParallelPlan(layers=("encoder", "decoder"))
+    assert describe_cut(model, plan, [range(2), range(2, 4)], length=8) == [
+        "stage 0: encoder.0 to 1; 25% of the estimated cost",
+        "stage 1: encoder.2, decoder.0; 75% of the estimated cost",
+    ]
 
 
 def test_a_global_batch_that_makes_no_equal_micro_batches_is_refused_with_the_numbers() -> None:
