@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -223,6 +224,8 @@ def _join(rank: int, world_size: int, rendezvous: str, timeout_s: float, device_
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Each rank would say that gathering whole tensors to compare them is slow.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if device_type == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(

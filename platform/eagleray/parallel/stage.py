@@ -78,7 +78,7 @@ class Stage(nn.Module):
         if self.is_last:
             loss = self._loss(_LastPart(self, stream), batch)
             self.counts.append(loss.count.detach())
-            return loss.total.reshape(1)
+            return torch.stack([loss.total])  # a view may lose the hook that FSDP puts on it
         found = self.run(stream, capture_inputs(self._loss, batch, self.training))
         # Where nothing is trained so far no gradient is asked for, but the schedule sends one to every stage.
         # It travels in float32, as the receiving buffers are made; autocast leaves another type.
