@@ -14,7 +14,8 @@
     |   |-- AlreadyExistsError                 a create-only object exists
     |   |-- CheckpointDamagedError             a byte is not what the manifest says
     |   |-- OwnerAliveError                    somebody else is training this name
-    |   `-- FencedError                        this run was taken over; it may no longer commit
+    |   |-- FencedError                        this run was taken over; it may no longer commit
+    |   `-- PeersLostError                     a rank did not take part in a save in time
     |-- RunFailedError                exit 1   training, evaluation or prediction ended without its result
     |   |-- WorkerError                        a worker raised or died
     |   `-- NonFiniteLossError                 the loss became NaN or infinite
@@ -103,6 +104,10 @@ class OwnerAliveError(StoreError):
 
 class FencedError(StoreError):
     """This run was taken over by another owner and may no longer commit."""
+
+
+class PeersLostError(StoreError):
+    """A rank did not take part in a save in time; the group of processes is of no more use."""
 
 
 class RunFailedError(EaglerayError):

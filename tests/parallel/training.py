@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from eagleray.config.layout import Layout, resolve_layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import EaglerayError, StoreError
-from eagleray.models import build_model, build_unfilled, model_files, stored_tensors
-from eagleray.parallel import apply_layout, build_mesh, data_coordinate
+from eagleray.models import build_model, build_unfilled, initialize, model_files, stored_tensors
+from eagleray.models.plans import parallel_plan
+from eagleray.parallel import ParallelOptions, apply_layout, apply_pipeline, build_mesh, data_coordinate
 from eagleray.parallel.gradients import whole
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import version_name
@@ -33,6 +35,7 @@ from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches
 from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.failures import RankFailure
 from eagleray_jobs.train.loop import run_loop
 from eagleray_jobs.train.metrics import JsonlFile, MetricSink
 from eagleray_jobs.train.optimizer import build_optimizer
@@ -41,6 +44,7 @@ from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
 from eagleray_jobs.train.step import TrainStep
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty".split()
+HANG_S = 15.0
 DEFAULTS: dict[str, Any] = {
     "max_steps": 5,
     "global_batch_size": 64,
@@ -199,6 +203,8 @@ class Job:
         resume_step: Step of the version to go on from.
         stop_at: (step, rank) at which that rank is asked to stop.
         kill_at: (step, rank) at which that rank's process ends without a word.
+        raise_at: (step, rank) at which that rank raises a `ValueError`.
+        hang_at: (step, rank) at which that rank sleeps, longer than the others wait.
         abandon_at: Step at which every rank raises `Abandoned`.
         nan_at: (step, rank) whose loss is NaN.
         infinite_gradient_at: (step, rank) whose loss is finite and its gradient is not.
@@ -214,6 +220,8 @@ class Job:
     resume_step: int | None = None
     stop_at: tuple[int, int] | None = None
     kill_at: tuple[int, int] | None = None
+    raise_at: tuple[int, int] | None = None
+    hang_at: tuple[int, int] | None = None
     abandon_at: int | None = None
     nan_at: tuple[int, int] | None = None
     infinite_gradient_at: tuple[int, int] | None = None
@@ -271,9 +279,16 @@ class TestControl:
         here = (self.task.step, dist.get_rank())
         if here == self.job.kill_at:
             os._exit(9)
+        if here == self.job.raise_at:
+            raise ValueError("a column is missing")
+        if here == self.job.hang_at:
+            self.hang()
         if self.task.step == self.job.abandon_at:
             raise Abandoned
         return here == self.job.stop_at
+
+    def hang(self) -> None:
+        time.sleep(HANG_S)
 
     def log(self, record: MetricRecord) -> None:
         self.records.append(record)
@@ -327,12 +342,41 @@ def train(job: Job) -> Outcome:
     )
 
 
+def failure_of(job: Job) -> RankFailure | None:
+    """Run a job that ends in a failure; return it as a worker posts it."""
+    try:
+        train(job)
+    except BaseException as error:
+        return RankFailure.of(dist.get_rank(), error)
+    return None
+
+
 def weights_at_the_end(parts: Parts, job: Job) -> dict[str, Tensor]:
     """Return the whole weights; those of a pipeline from what it committed last."""
     if job.config.parallel.pipeline_parallel_degree == 1:
         return {name: whole(tensor) for name, tensor in stored_tensors(parts.model).items()}
     step = max(committed_steps(job.folder))
     return Checkpoint.open(ObjectStore.open(job.folder), "tiny", version_name(1, step)).tensors()
+
+
+def checkpoint_weights_in_layout(job: Job) -> dict[str, Tensor]:
+    """Load the weights of a version into a layout; return this rank's stages of it, whole."""
+    assert job.resume_step is not None
+    layout, processor = layout_of(job), processor_of(job.config.task)
+    model, _ = build_unfilled(job.config, processor)
+    mesh, plan, options = build_mesh(layout, "cpu", timeout_s=20), parallel_plan(model), ParallelOptions()
+    fill, loss = partial(initialize, seed=None), load_task(job.config).loss
+    held = model
+    if layout.pipeline > 1:
+        held = apply_pipeline(
+            model, layout, mesh, torch.device("cpu"), plan=plan, options=options, loss=loss, fill=fill
+        )
+    else:
+        apply_layout(model, layout, mesh, torch.device("cpu"), plan=plan, options=options, fill=fill)
+    tensors = stored_tensors(held)
+    checkpoint = Checkpoint.open(ObjectStore.open(job.folder), "tiny", version_name(1, job.resume_step))
+    checkpoint.load_into({f"model.{name}": tensor for name, tensor in tensors.items()})
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def layout_of(job: Job) -> Layout:
@@ -365,8 +409,8 @@ def _parts(
         train=MemoryRows(task, processor, examples[: job.num_examples]),
         validation=MemoryRows(task, processor, examples[job.num_examples :]),
         device=device,
-        mesh=build_mesh(layout_of(job), "cpu", timeout_s=20),
-        exchange=Exchange(20.0),
+        mesh=build_mesh(layout_of(job), "cpu", timeout_s=job.config.train.ddp_timeout),  # type: ignore[union-attr]
+        exchange=Exchange(job.config.train.ddp_timeout),  # type: ignore[union-attr]
         files=model_files(model, job.config, processor),
         saver=saver,
         fill=fill,

@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eagleray.errors import EaglerayError, WorkerError
+from eagleray.errors import EaglerayError, PeersLostError, WorkerError
+from eagleray_jobs.train.whereabouts import RanksMissingError, Whereabouts
 
 _LOST_PEER = (
     "connection closed by peer",
@@ -36,6 +37,7 @@ class RankFailure:
         traceback: Its traceback, as Python prints it.
         lost_peer: Another rank went away first; this one only noticed.
         error: Our own error, with its message and exit status; None for any other class.
+        whereabouts: Where all ranks were, as far as a rank that lost a peer found out.
     """
 
     world_rank: int
@@ -44,13 +46,15 @@ class RankFailure:
     traceback: str
     lost_peer: bool
     error: EaglerayError | None = None
+    whereabouts: tuple[Whereabouts, ...] = ()
 
     @classmethod
     def of(cls, world_rank: int, error: BaseException) -> RankFailure:
         """Describe an error that a rank raised."""
         text = "".join(traceback.format_exception(error))
         own = error if isinstance(error, EaglerayError) and _survives(error) else None
-        return cls(world_rank, type(error).__name__, str(error), text, _is_lost_peer(error), own)
+        found = error.whereabouts if isinstance(error, RanksMissingError) else ()
+        return cls(world_rank, type(error).__name__, str(error), text, is_lost_peer(error), own, found)
 
 
 def _survives(error: EaglerayError) -> bool:
@@ -60,10 +64,11 @@ def _survives(error: EaglerayError) -> bool:
         return False  # it goes on as text instead: kind, message and traceback
 
 
-def _is_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
+    """Say whether a rank raised only because another one did not come, or went away."""
     if isinstance(error, EaglerayError):
-        return False
-    if isinstance(error, ConnectionError):
+        return isinstance(error, PeersLostError)
+    if isinstance(error, ConnectionError | RanksMissingError):
         return True
     names = {each.__name__ for each in type(error).__mro__}
     if names & {"DistBackendError", "DistNetworkError", "AcceleratorError"}:
@@ -76,7 +81,7 @@ def find_fatal(failures: Sequence[RankFailure]) -> bool:
     return any(not failure.lost_peer for failure in failures)
 
 
-def merge(failures: Iterable[RankFailure], dead: Iterable[int] = (), hint: str | None = None) -> EaglerayError:
+def merge(failures: Sequence[RankFailure], dead: Iterable[int] = (), hint: str | None = None) -> EaglerayError:
     """Make one error of the failures of all ranks.
 
     Equal errors become one with a list of ranks; ranks that only lost a peer are named as such. Our own errors
@@ -95,9 +100,7 @@ def merge(failures: Iterable[RankFailure], dead: Iterable[int] = (), hint: str |
         else:
             causes[failure.kind, failure.message].append(failure)
     if not causes:
-        return WorkerError(
-            _death(sorted(dead), waited), "Look for the kernel's out-of-memory killer and lost nodes."
-        )
+        return _loss(failures, sorted(dead), waited)
     first, *others = causes.values()
     own = first[0].error
     if own is not None and not others:
@@ -111,6 +114,24 @@ def merge(failures: Iterable[RankFailure], dead: Iterable[int] = (), hint: str |
 def _describe(group: Sequence[RankFailure]) -> str:
     ranks = _ranks([failure.world_rank for failure in group])
     return f"{ranks} raised {group[0].kind}: {group[0].message}\n{group[0].traceback.rstrip()}"
+
+
+def _loss(failures: Sequence[RankFailure], dead: Sequence[int], waited: Sequence[int]) -> WorkerError:
+    """Describe the end of a run in which no rank raised for a reason of its own."""
+    if dead or not any(failure.whereabouts for failure in failures):
+        return WorkerError(_death(dead, waited), "Look for the kernel's out-of-memory killer and lost nodes.")
+    fullest = max((failure.whereabouts for failure in failures), key=_num_answers)
+    missing = [each.world_rank for each in fullest if each.world_rank not in waited]
+    who = _ranks(missing) if missing else "a rank"
+    shown = "\n  ".join(map(str, fullest))
+    return WorkerError(
+        f"{who} did not come to a collective in which {_ranks(waited)} waited\n  {shown}",
+        "What a rank does longer than train.ddp_timeout is taken for a hang: see the line where it is.",
+    )
+
+
+def _num_answers(whereabouts: Sequence[Whereabouts]) -> int:
+    return sum(each.doing is not None for each in whereabouts)
 
 
 def _death(dead: Sequence[int], waited: Sequence[int]) -> str:

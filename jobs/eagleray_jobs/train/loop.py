@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +28,8 @@ from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
 from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.failures import is_lost_peer
+from eagleray_jobs.train.lookout import Lookout
 from eagleray_jobs.train.metrics import MetricWriter, Throughput, memory_bytes
 from eagleray_jobs.train.optimizer import build_optimizer
 from eagleray_jobs.train.parts import Parts
@@ -37,6 +39,7 @@ from eagleray_jobs.train.schedule import learning_rate
 from eagleray_jobs.train.spec import Control, LoopResult, MetricRecord, WorkerSpec
 from eagleray_jobs.train.state import TrainState
 from eagleray_jobs.train.step import StepResult, TrainStep
+from eagleray_jobs.train.whereabouts import RanksMissingError
 
 
 def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
@@ -49,13 +52,20 @@ def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
         ConfigError: The file asks for what the device, the layout or the task cannot do.
         StoreError: Three saves in a row failed.
         FencedError: The run was taken over by another owner.
+        RanksMissingError: Another rank did not come within `train.ddp_timeout`, or went away; with where all are.
     """
-    with closing(_Loop(spec, parts, control)) as loop:
-        return loop.run()
+    with closing(Lookout(parts.exchange)) as lookout, ExitStack() as opened:
+        try:
+            return opened.enter_context(closing(_Loop(spec, parts, control, lookout))).run()
+        except Exception as error:
+            if not is_lost_peer(error):
+                raise
+            raise RanksMissingError(str(error), lookout.ask(error)) from error
 
 
 class _Loop:
-    def __init__(self, spec: WorkerSpec, parts: Parts, control: Control) -> None:
+    def __init__(self, spec: WorkerSpec, parts: Parts, control: Control, lookout: Lookout) -> None:
+        self.lookout = lookout
         config, coordinate = spec.train, data_coordinate(parts.mesh)
         self.reshard_after_forward = spec.config.parallel.reshard_after_forward
         self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
@@ -92,6 +102,7 @@ class _Loop:
         outcome = outcome_at_start(self.config, progress, self.max_steps)
         with closing(self.steps_after(progress.step)) as batches:
             while outcome is None:
+                self.lookout.doing(f"step {progress.step + 1}")
                 batch = next(batches)
                 rate = learning_rate(self.config, batch.step, self.max_steps)
                 result = self.take_step(batch, rate)
@@ -138,6 +149,7 @@ class _Loop:
 
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
+        self.lookout.doing(f"evaluation after step {progress.step}")
         with self.throughput.paused(), self.whole_model() as model:
             scores = self.evaluator.run(model, progress.step)
         return progress.after_evaluation(scores, self.goal)
@@ -166,6 +178,7 @@ class _Loop:
         self.control.log(record)
 
     def save(self, progress: Progress) -> None:
+        self.lookout.doing(f"save of step {progress.step}")
         self.saves.start(
             step=progress.step,
             tensors=self.state.tensors(),
@@ -191,7 +204,8 @@ class _Loop:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
-        self.saves.close()
+        if not self.lookout.has_asked:  # a save in flight would wait for the ranks that are missing
+            self.saves.close()
         self.exchange.close()
 
 

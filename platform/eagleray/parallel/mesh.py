@@ -49,11 +49,9 @@ def build_mesh(layout: Layout, device_type: str, *, timeout_s: float = 60.0) -> 
             f"{layout} = {layout.num_workers}, but there are {dist.get_world_size()} workers",
             "set the degrees under parallel so that their product is the number of workers",
         )
-    backends: dict[Any, Any] | None = dict.fromkeys(AXES, register()) if device_type == "cpu" else None
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES, backend_override=backends)
-    for axis in AXES:
-        _set_timeout(mesh.get_group(axis), timeout_s)
-    return mesh
+    # Groups of its own, since a receive goes by the timeout that its group was made with, and by no later one.
+    backends: Any = {axis: _group_options(device_type, timeout_s) for axis in AXES}
+    return init_device_mesh(device_type, shape, mesh_dim_names=AXES, backend_override=backends)
 
 
 def data_coordinate(mesh: DeviceMesh) -> DataCoordinate:
@@ -67,8 +65,12 @@ def data_coordinate(mesh: DeviceMesh) -> DataCoordinate:
     )
 
 
-def _set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
-    # `init_device_mesh` takes no timeout for the groups that it makes.
-    from torch.distributed.distributed_c10d import _set_pg_timeout
-
-    _set_pg_timeout(timedelta(seconds=timeout_s), group)
+def _group_options(device_type: str, timeout_s: float) -> Any:
+    """Return backend and options of a group of ranks; they are where `init_device_mesh` takes a timeout from."""
+    options: Any
+    if device_type == "cuda":
+        backend, options = "nccl", dist.ProcessGroupNCCL.Options()
+    else:
+        backend, options = register(), dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=timeout_s)
+    return backend, options

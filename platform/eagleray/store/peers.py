@@ -8,15 +8,11 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from eagleray.errors import EaglerayError, FencedError, StoreError
+from eagleray.errors import EaglerayError, FencedError, PeersLostError, StoreError
 from eagleray.gloo import new_group
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class PeersLostError(StoreError):
-    """A rank did not take part in time: the group of processes is out of step and of no more use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
-from eagleray.errors import AlreadyExistsError, EaglerayError, FencedError, StoreError
+from eagleray.errors import AlreadyExistsError, EaglerayError, FencedError, PeersLostError, StoreError
 from eagleray.store.dcp import HostShard, StoreWriter, save_together
 from eagleray.store.manifest import (
     CONFIG_FILE,
@@ -32,7 +32,7 @@ from eagleray.store.manifest import (
     version_name,
 )
 from eagleray.store.objects import ObjectStore
-from eagleray.store.peers import Peers, PeersLostError
+from eagleray.store.peers import Peers
 from eagleray.store.records import now_text
 from eagleray.store.runs import RunHandle, check_fence
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 
-from eagleray.errors import NonFiniteLossError, RunFailedError, WorkerError
+from eagleray.errors import NonFiniteLossError, PeersLostError, RunFailedError, WorkerError
 from eagleray_jobs.train.failures import RankFailure, find_fatal, merge
+from eagleray_jobs.train.whereabouts import RanksMissingError, Whereabouts
 
 
 class Stubborn(Exception):
@@ -59,6 +60,27 @@ def test_a_death_names_the_rank_that_died_and_those_that_noticed() -> None:
     error = merge([lost_peer(0)], dead=[1])
     assert error.message == "the process of rank 1 died; rank 0 noticed"
     assert isinstance(error, RunFailedError)
+
+
+def test_a_rank_that_did_not_come_is_named_with_where_all_of_them_were() -> None:
+    here = Whereabouts(0, "step 7", "all_reduce 3 of group tp [0, 1, 2] (waiting)", "loop.py:9 in run")
+    there, silent = Whereabouts(1, "step 7", None, "task.py:5 in loss"), Whereabouts(2, None)
+    few = raised(0, RanksMissingError("timed out", (here,)))
+    full = raised(3, RanksMissingError("timed out", (here, there, silent)))
+    assert few.lost_peer and not find_fatal([few, full])
+    error = merge([few, full])
+    assert error.message.split("\n") == [
+        "ranks 1, 2 did not come to a collective in which ranks 0, 3 waited",
+        "  rank 0: step 7, all_reduce 3 of group tp [0, 1, 2] (waiting), at loop.py:9 in run",
+        "  rank 1: step 7, at task.py:5 in loss",
+        "  rank 2: gave no sign of life",
+    ]
+    assert error.hint is not None and "train.ddp_timeout" in error.hint
+    assert merge([full], dead=[1]).message == "the process of rank 1 died; rank 3 noticed"
+
+
+def test_ranks_that_lost_others_in_a_save_only_waited() -> None:
+    assert not find_fatal([raised(0, PeersLostError("a rank did not take part in the save"))])
 
 
 def test_a_failure_survives_pickling_whatever_was_raised() -> None:
