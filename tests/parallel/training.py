@@ -342,13 +342,13 @@ def train(job: Job) -> Outcome:
     )
 
 
-def failure_of(job: Job) -> RankFailure | None:
-    """Run a job that ends in a failure; return it as a worker posts it."""
+def failure_of(job: Job) -> tuple[RankFailure, ...]:
+    """Run a job that ends in a failure; return what a worker posts (bare, the group would take it for its own)."""
     try:
         train(job)
     except BaseException as error:
-        return RankFailure.of(dist.get_rank(), error)
-    return None
+        return (RankFailure.of(dist.get_rank(), error),)
+    return ()
 
 
 def weights_at_the_end(parts: Parts, job: Job) -> dict[str, Tensor]:
