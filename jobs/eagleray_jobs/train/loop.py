@@ -202,10 +202,10 @@ class _Loop:
         return NonFiniteLossError(error.message, hint)
 
     def close(self) -> None:
-        if self.metrics is not None:
-            self.metrics.close()
         if not self.lookout.has_asked:  # a save in flight would wait for the ranks that are missing
             self.saves.close()
+        if self.metrics is not None:  # after the saves, which commit behind their metrics
+            self.metrics.close()
         self.exchange.close()
 
 

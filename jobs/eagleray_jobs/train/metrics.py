@@ -24,6 +24,7 @@ SEGMENT_FOLDER = "metrics"
 RECORDS_PER_SEGMENT = 500
 FLUSH_INTERVAL_S = 5.0
 CLOSE_TIMEOUT_S = 30.0
+FLUSH_POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,15 @@ class MetricWriter:
 
     def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Wait until the sinks have what was written so far; gives up with a warning."""
-        written = Event()
+        written, deadline = Event(), time.monotonic() + timeout_s
         self._queue.put(written)
-        if not written.wait(timeout_s):
-            logger.warning(
-                "metrics were still being written after %.0f s; a crash would lose the last ones", timeout_s
-            )
+        # A writer that is closed has written everything, and nobody is there to say so.
+        while not written.wait(FLUSH_POLL_S) and self._thread.is_alive():
+            if time.monotonic() > deadline:
+                logger.warning(
+                    "metrics were still being written after %.0f s; a crash would lose the last ones", timeout_s
+                )
+                return
 
     def close(self) -> None:
         """Write what is left and end the thread."""

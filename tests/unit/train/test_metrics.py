@@ -147,6 +147,14 @@ def test_a_flush_returns_when_the_sinks_have_everything() -> None:
     writer.close()
 
 
+def test_a_flush_of_a_closed_writer_returns_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    writer = MetricWriter([Memory()])
+    writer.close()
+    with caplog.at_level(logging.WARNING):
+        writer.flush()
+    assert caplog.text == ""
+
+
 def test_a_flush_of_a_sink_that_hangs_is_given_up_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     gate = threading.Event()
 
