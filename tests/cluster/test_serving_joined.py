@@ -56,6 +56,7 @@ def test_a_server_on_a_joined_cluster_answers_and_takes_only_itself_away(
     assert wait_until(info["url"] + "/v1/models", 404).status_code == 404
 
 
+@pytest.mark.slow
 def test_what_a_killed_server_left_on_a_joined_cluster_does_not_stop_the_next_one(
     ray_cluster: RayCluster, ray_environment: dict[str, str], models: Path, command: Command
 ) -> None:
