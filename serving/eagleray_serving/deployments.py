@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
+from eagleray_serving.answering import Asking
 from eagleray_serving.autoscaling import deployment_options
 from eagleray_serving.edge import READY, Edge
 from eagleray_serving.loopback import keep_on_loopback
@@ -61,7 +62,7 @@ class ServeFleet:
             if plan.application in applications
         }
 
-    async def hand_on(self, name: str, body: bytes) -> Response:
+    async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
         """Let a replica of a model answer; when it dies on the way, another one.
 
         Raises:
@@ -76,7 +77,7 @@ class ServeFleet:
             async with asyncio.timeout(plan.serve.request_timeout_s):
                 for _ in range(MAX_HAND_ONS):
                     try:
-                        response: Response = await handle.hand_on.remote(body)
+                        response: Response = await handle.hand_on.remote(body, asking)
                         return response
                     except RayActorError:
                         continue

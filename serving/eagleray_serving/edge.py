@@ -10,10 +10,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from eagleray_serving.answering import Asking
 from eagleray_serving.catalog import ModelCard, choose, find
 from eagleray_serving.documents import PAGES, docs_page, operation
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
-from eagleray_serving.web import framing, read_body
+from eagleray_serving.web import framing, read_body, request_id
 
 READY = "ready"
 
@@ -24,7 +25,7 @@ class Fleet(Protocol):
     async def states(self) -> Mapping[str, str]:
         """Return the state of each model by its name; `ready` is the good one."""
 
-    async def hand_on(self, name: str, body: bytes) -> Response:
+    async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
         """Let a model answer a body.
 
         Raises:
@@ -117,4 +118,4 @@ class Edge:
             card = find([card for card in self._cards if card.verb == verb], name[0])
         else:
             card = choose(self._cards, verb, parse_json(body))
-        return await self._fleet.hand_on(card.name, body)
+        return await self._fleet.hand_on(card.name, body, Asking(request_id(request)))

@@ -6,8 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HTTPRequest
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eagleray.config.schema import ServeConfig
+from eagleray_serving.answering import Answered, Answerer, Answers, Asking, ItemFailure
 from eagleray_serving.catalog import ModelCard, find
 from eagleray_serving.schema import (
     ANSWER_KEYS,
@@ -28,36 +28,13 @@ from eagleray_serving.schema import (
     parse_request,
     raw_items,
 )
-from eagleray_serving.web import failure, framing, read_body
+from eagleray_serving.web import failure, framing, read_body, request_id
 
 # 32 megapixels: any camera's photo, and at most 128 MB once decoded.
 MAX_IMAGE_PIXELS = 32 * 2**20
 IMAGE_FORMATS = ("PNG", "JPEG")
 # What the failure of a request's only item is; else 422.
 ITEM_STATUSES = {"too_long": 413, "model_failed": 500}
-
-
-@dataclass(frozen=True, slots=True)
-class ItemFailure:
-    """An item that could not be answered, in the place of its answer."""
-
-    code: str
-    message: str
-    hint: str | None = None
-
-
-Answered = Mapping[str, Any] | ItemFailure
-
-
-class Answerer(Protocol):
-    """A loaded model behind its batcher."""
-
-    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
-        """Answer each item for itself, in order.
-
-        Raises:
-            WireError: 429, too much is waiting; 413, the request alone is more than the model admits.
-        """
 
 
 class ModelService:
@@ -81,34 +58,35 @@ class ModelService:
         paths = (self.card.bare_path, f"{self.card.bare_path}/{{model}}")
         return Starlette(routes=[Route(path, self._route, methods=["POST"]) for path in paths], **framing())
 
-    async def respond(self, body: bytes) -> Response:
+    async def respond(self, body: bytes, asking: Asking) -> Response:
         """Answer a whole body; every failure becomes an answer."""
         try:
-            return await self._handle(body)
+            return await self._handle(body, asking)
         except Exception as error:
             return failure(error, f"a request to {self.card.ref}")
 
     async def _route(self, http: HTTPRequest) -> Response:
         if "model" in http.path_params:
             find([self.card], http.path_params["model"])
-        return await self.respond(
-            await read_body(http, self._limits.max_body_bytes, self._limits.request_timeout_s)
-        )
+        body = await read_body(http, self._limits.max_body_bytes, self._limits.request_timeout_s)
+        return await self.respond(body, Asking(request_id(http)))
 
-    async def _handle(self, body: bytes) -> Response:
+    async def _handle(self, body: bytes, asking: Asking) -> Response:
         request = parse_request(self.card.verb, body, self._limits)
         self._check_target(request)
         items = self._items(request)
-        answers = await self._answer(items, _options(request))
-        if is_single(request) and isinstance(answers[0], ItemFailure):
-            failed = answers[0]
+        answers = await self._answer(items, _options(request), asking)
+        if is_single(request) and isinstance(answers.items[0], ItemFailure):
+            failed = answers.items[0]
             raise WireError(ITEM_STATUSES.get(failed.code, 422), failed.code, failed.message, failed.hint)
         return self._shape(answers)
 
-    async def _answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+    async def _answer(
+        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
+    ) -> Answers:
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
-                answers = await self._answerer.answer(items, options)
+                answers = await self._answerer.answer(items, options, asking)
         except TimeoutError:
             raise WireError(
                 503,
@@ -117,7 +95,7 @@ class ModelService:
                 "try again, with fewer items",
                 retry_after_s=1,
             ) from None
-        assert len(answers) == len(items), f"{len(answers)} answers to {len(items)} items"
+        assert len(answers.items) == len(items), f"{len(answers.items)} answers to {len(items)} items"
         return answers
 
     def _check_target(self, request: Request) -> None:
@@ -171,10 +149,10 @@ class ModelService:
             )
         return row
 
-    def _shape(self, answers: Sequence[Answered]) -> Response:
-        head = {"model": self.card.name, "version": self.card.version}
+    def _shape(self, answers: Answers) -> Response:
+        head = {"model": self.card.name, "version": answers.version}
         key = ANSWER_KEYS[self.card.verb]
-        plain = [_plain(answer) for answer in answers]
+        plain = [_plain(answer) for answer in answers.items]
         try:
             return JSONResponse({**head, key: plain})
         except (ValueError, TypeError):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # A body over the limit is read to its end up to this multiple, so that the client sees the answer and no reset.
 DRAIN_FACTOR = 4
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def framing() -> dict[str, Any]:
@@ -86,6 +89,12 @@ def failure(error: Exception, what: str) -> Response:
     logger.error("%s failed", what, exc_info=error)
     body = error_body("internal", "the server failed on this request", "its log has the traceback")
     return JSONResponse(body, 500)
+
+
+def request_id(request: Request) -> str:
+    """Return the id that a request carries in `X-Request-Id`, or a new one where it has none to log."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:

@@ -12,10 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from eagleray.config.schema import ServeConfig
+from eagleray_serving.answering import Answered, Answers, Asking, ItemFailure
 from eagleray_serving.catalog import ModelCard
 from eagleray_serving.edge import READY
 from eagleray_serving.schema import WireError
-from eagleray_serving.service import Answered, ItemFailure, ModelService
+from eagleray_serving.service import ModelService
 
 EN_FR = ModelCard("en-fr", "r1-step-00001200", "translate", "text", "en", "fr")
 EN_DE = ModelCard("en-de", "r1-step-00000300", "translate", "text", "en", "de")
@@ -27,15 +28,23 @@ OWN = ModelCard("own", "r1-step-00000010", "predict", "inputs")
 class FakeAnswerer:
     """Answers upper case; `bad` fails alone; records what it was asked."""
 
-    def __init__(self, answer: Callable[[Any], Answered] | None = None, delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Any], Answered] | None = None,
+        delay_s: float = 0.0,
+        version: str = EN_FR.version,
+    ) -> None:
         self.calls: list[tuple[list[Mapping[str, Any]], dict[str, Any]]] = []
         self._answer = answer or self._upper
         self._delay_s = delay_s
+        self._version = version
 
-    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+    async def answer(
+        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
+    ) -> Answers:
         self.calls.append((list(items), dict(options)))
         await asyncio.sleep(self._delay_s)
-        return [self._answer(next(iter(item.values()))) for item in items]
+        return Answers(self._version, [self._answer(next(iter(item.values()))) for item in items])
 
     @staticmethod
     def _upper(value: Any) -> Answered:
@@ -45,7 +54,9 @@ class FakeAnswerer:
 
 
 class OverloadedAnswerer:
-    async def answer(self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Answered]:
+    async def answer(
+        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
+    ) -> Answers:
         raise WireError(429, "overloaded", "too much is waiting", "try again", retry_after_s=1.2)
 
 
@@ -57,15 +68,15 @@ class FakeFleet:
     async def states(self) -> Mapping[str, str]:
         return dict.fromkeys(self._services, READY) if self._states is None else self._states
 
-    async def hand_on(self, name: str, body: bytes) -> Response:
-        answer: Response = pickle.loads(pickle.dumps(await self._services[name].respond(body)))
+    async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
+        answer: Response = pickle.loads(pickle.dumps(await self._services[name].respond(body, asking)))
         return answer
 
 
 def service(
     card: ModelCard, answerer: Any = None, columns: Sequence[str] = ("text",), **limits: Any
 ) -> ModelService:
-    return ModelService(card, columns, answerer or FakeAnswerer(), ServeConfig(**limits))
+    return ModelService(card, columns, answerer or FakeAnswerer(version=card.version), ServeConfig(**limits))
 
 
 def call(

@@ -1,0 +1,58 @@
+"""What a model's routes ask of whatever answers: one engine, several versions of a model, a fleet of replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks; crosses processes with the request.
+
+    Attributes:
+        request_id: The same in every process, log and retry that a request touches.
+        lane: Interactive items go first.
+    """
+
+    request_id: str
+    lane: Literal["interactive", "bulk"] = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """An item that could not be answered, in the place of its answer."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+Answered = Mapping[str, Any] | ItemFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a request gets.
+
+    Attributes:
+        version: The version that answered all of it.
+        items: Answers in the order of the items.
+    """
+
+    version: str
+    items: Sequence[Answered]
+
+
+class Answerer(Protocol):
+    """A loaded model behind its batcher."""
+
+    async def answer(
+        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
+    ) -> Answers:
+        """Answer each item for itself, in order.
+
+        Raises:
+            WireError: 429, too much is waiting; 413, the request alone is more than the model admits.
+        """

@@ -1,0 +1,97 @@
+"""An engine behind admission and a batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from eagleray.config.schema import ServeConfig
+from eagleray.engine import Batcher, Engine, ItemError, Lane, ModelThread, Prepared
+from eagleray.errors import ModelStoppedError
+from eagleray_serving.answering import Answered, Answers, Asking, ItemFailure
+from eagleray_serving.schema import WireError
+
+logger = logging.getLogger(__name__)
+
+LANES = {"interactive": Lane.INTERACTIVE, "bulk": Lane.BULK}
+MAX_REASON_CHARACTERS = 200
+
+
+class BatchedEngine:
+    """An engine behind admission and a batcher, as a service wants it.
+
+    Args:
+        engine: The loaded model.
+        serve: The file's `serve` section.
+    """
+
+    def __init__(self, engine: Engine, serve: ServeConfig) -> None:
+        self._engine = engine
+        self._max_queued_tokens = serve.max_queued_tokens
+        self._defaults = {"num_beams": serve.num_beams} if engine.summary.route == "translate" else {}
+        # Two threads, one each: a tokenizer and a model may run side by side, but neither beside itself.
+        self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eagleray-prepare")
+        self._batcher = Batcher[Prepared, Any](ModelThread(engine.run), engine.limits)
+        self._num_preparing = 0
+
+    async def answer(
+        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
+    ) -> Answers:
+        """Answer each item for itself, in order.
+
+        Raises:
+            WireError: 429, too much is waiting; 503, the replica is being stopped.
+        """
+        # Every item has a token at least; how many more is known once it is prepared.
+        self._admit(len(items) + self._num_preparing)
+        prepared = await self._prepare(items)
+        self._admit(sum(item.num_tokens for item in prepared if isinstance(item, Prepared)))
+        options = {**self._defaults, **options}
+        lane = LANES[asking.lane]
+        answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
+        return Answers(self._engine.summary.version, answers)
+
+    def _admit(self, num_tokens: int) -> None:
+        waiting = self._batcher.num_queued_tokens
+        # A request that is larger than the budget alone is admitted when nothing waits: else it never would be.
+        if waiting and waiting + num_tokens > self._max_queued_tokens:
+            raise WireError(
+                429,
+                "overloaded",
+                f"{waiting} tokens are waiting; the limit is {self._max_queued_tokens}",
+                "try again later, or raise serve.autoscaling_config.max_replicas",
+                retry_after_s=1,
+            )
+
+    async def _prepare(self, items: Sequence[Mapping[str, Any]]) -> list[Prepared | ItemError]:
+        self._num_preparing += len(items)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._preparing, lambda: [_prepare(self._engine, item) for item in items]
+            )
+        finally:
+            self._num_preparing -= len(items)
+
+    async def _run(self, item: Prepared | ItemError, options: Mapping[str, Any], lane: Lane) -> Answered:
+        answer: Any = item
+        if isinstance(item, Prepared):
+            try:
+                answer = await self._batcher.submit(item, num_tokens=item.num_tokens, options=options, lane=lane)
+            except ModelStoppedError as error:
+                raise WireError(503, "unavailable", error.message, error.hint, retry_after_s=1) from None
+        if isinstance(answer, ItemError):
+            return ItemFailure(answer.code, answer.message, answer.hint)
+        return answer  # type: ignore[no-any-return]
+
+
+def _prepare(engine: Engine, item: Mapping[str, Any]) -> Prepared | ItemError:
+    try:
+        return engine.prepare(item)
+    except Exception as error:
+        # Our own tasks raise DataError; a user's raises what it likes when an item is not what it expects.
+        logger.warning("%s cannot encode an item", engine.summary.ref, exc_info=True)
+        reason = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]
+        return ItemError("invalid_item", f"the task cannot use this item: {reason}", "look at its input columns")
