@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,22 @@ def read_model_config(directory: Path) -> Mapping[str, Any]:
 
 def hash_weights(directory: Path) -> str:
     """Return a SHA-256 of a checkpoint's weights: of the names and contents of its safetensors files."""
+    return _hash_files(sorted(directory.glob("*.safetensors")))
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
     whole = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in paths:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         whole.update(f"{path.name} {digest}\n".encode())
     return whole.hexdigest()
+
+
+def hash_checkpoint(directory: Path) -> str:
+    """Return a SHA-256 of everything that a model is made of from a checkpoint: weights, configs, tokenizer."""
+    names = sorted({path.name for pattern in _HUB_FILES for path in directory.glob(pattern) if path.is_file()})
+    return _hash_files([directory / name for name in names])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from eagleray.config.crosschecks import layout_of
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError
+from eagleray.hub import hash_checkpoint, locate_pretrained
 from eagleray.models import build_unfilled
 from eagleray.models.plans import parallel_plan
 from eagleray.parallel import ParallelOptions, check_layout
@@ -25,7 +26,7 @@ from eagleray.parallel.cut import describe_cut
 from eagleray.parallel.pipeline import cut_model
 from eagleray.resources import ResourceRequest
 from eagleray.store.claim import Finished, RunClaim, claim_run
-from eagleray.store.decide import Outcome
+from eagleray.store.decide import Contents, Outcome
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import Processor, load_task
 from eagleray.user_code import add_code
@@ -115,7 +116,7 @@ class _Driver:
             self.store,
             self.config,
             new_run=self.options.new_run,
-            hash_data=lambda: self.source.content,
+            hash_contents=self._contents,
             notify=self.view.note,
         )
         if isinstance(claim, Finished):
@@ -130,6 +131,12 @@ class _Driver:
     def source(self) -> Source:
         """The data, read through once for what is in it."""
         return open_source(self.config.data)
+
+    def _contents(self) -> Contents:
+        """What is in the data and in the pretrained model, wherever they lie."""
+        model = self.config.model
+        pretrained = None if model.pretrained is None else hash_checkpoint(locate_pretrained(model))
+        return Contents(self.source.content, pretrained)
 
     def _train(self, claim: RunClaim) -> LoopResult:
         self._enter("start Ray")

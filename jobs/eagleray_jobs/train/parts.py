@@ -173,7 +173,7 @@ def _find_base(
         found = Base(start.ref, start.manifest.sha256)
     else:
         found = exchange.broadcast(pretrained_base(spec.config) if exchange.rank == 0 else None)
-    if known is not None and found != known:
+    if known is not None and found.sha256 != known.sha256:  # it may lie elsewhere than before
         raise ConfigError(
             f"the run's adapter stands on {known.source} with SHA-256 {known.sha256}, and {found.source} has "
             f"{found.sha256} now",

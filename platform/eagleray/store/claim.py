@@ -16,7 +16,7 @@ from eagleray.config.schema import RunConfig
 from eagleray.errors import AlreadyExistsError, NotFoundError, OwnerAliveError, RunChangedError, StoreError
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.code import hash_code
-from eagleray.store.decide import AlreadyFinished, Continue, Outcome, Refuse, RunState, Start, decide
+from eagleray.store.decide import AlreadyFinished, Contents, Continue, Outcome, Refuse, RunState, Start, decide
 from eagleray.store.objects import ObjectStore
 from eagleray.store.owner import DEFAULT_TIMING, Owner, Timing, beat_key, is_alive
 from eagleray.store.records import create_record, read_record, write_record
@@ -128,7 +128,7 @@ def claim_run(
     config: RunConfig,
     *,
     new_run: bool = False,
-    hash_data: Callable[[], str] | None = None,
+    hash_contents: Callable[[], Contents] | None = None,
     notify: Notify,
     timing: Timing = DEFAULT_TIMING,
 ) -> RunClaim | Finished:
@@ -138,8 +138,8 @@ def claim_run(
         store: The store.
         config: The file.
         new_run: Begin a new run although the name has one.
-        hash_data: Returns the SHA-256 of what is in the data, so that its files may lie elsewhere than before; not
-            called for a finished run. None: their paths are compared.
+        hash_contents: Reads what the file names by its place (data, a pretrained model), so that it may lie
+            elsewhere than before; not called for a finished run. None: the places are compared.
         notify: Told what the user should know: that a run goes on, that an owner is being watched.
         timing: Of beats and watches.
 
@@ -152,9 +152,10 @@ def claim_run(
     state = read_state(store, name)
     decision = decide(state, wanted, new_run=new_run)
     record: dict[str, Any] = {"config": wanted}
-    if hash_data is not None and not isinstance(decision, AlreadyFinished):
-        record["data_sha256"] = hash_data()
-        decision = decide(state, wanted, new_run=new_run, data_sha256=record["data_sha256"])
+    if hash_contents is not None and not isinstance(decision, AlreadyFinished):
+        contents = hash_contents()
+        record |= {"data_sha256": contents.data, "pretrained_sha256": contents.pretrained}
+        decision = decide(state, wanted, new_run=new_run, contents=contents)
     record["code_sha256"] = hash_code(config.code)
     match decision:
         case Refuse():
@@ -193,7 +194,7 @@ def read_state(store: ObjectStore, name: str) -> RunState | None:
         run,
         _with_defaults(record.get("config", {})),
         Outcome(end["outcome"]) if end else None,
-        record.get("data_sha256"),
+        Contents(record.get("data_sha256"), record.get("pretrained_sha256")),
         record.get("code_sha256"),
     )
 

@@ -18,6 +18,19 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Contents:
+    """SHA-256 of what is in that which a file names by its place.
+
+    Attributes:
+        data: Of the rows; None: not known.
+        pretrained: Of the checkpoint under `model.pretrained`; None: not known, or there is none.
+    """
+
+    data: str | None = None
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     """What the store says of the newest run of a name.
 
@@ -25,14 +38,14 @@ class RunState:
         run: Its number.
         config: The file that its last owner ran, as JSON.
         outcome: How its last owner ended; None: it did not say.
-        data_sha256: Of what is in the data that it trains on; None: not recorded.
+        contents: Of what its last owner trained on, as far as it was recorded.
         code_sha256: Of the user's own code that its last owner ran; None: there was none.
     """
 
     run: int
     config: Mapping[str, Any]
     outcome: Outcome | None
-    data_sha256: str | None = None
+    contents: Contents = Contents()
     code_sha256: str | None = None
 
 
@@ -79,8 +92,11 @@ class Refuse:
 Decision = Start | Continue | AlreadyFinished | Refuse
 
 LENGTH_KEYS = ("train.max_steps", "train.num_train_epochs")
-FILE_KEYS = ("data.train", "data.validation", "data.test")
-"""Where files are, which differs from machine to machine: what is in them counts, wherever it is known."""
+PLACES = {
+    "data": ("data.train", "data.validation", "data.test"),
+    "model.pretrained": ("model.pretrained", "model.revision"),
+}
+"""Keys that say where something is, which differs from machine to machine: its content counts, where known."""
 NEUTRAL_SECTIONS = ("parallel", "resources", "serve")
 """Sections that do not change the result of a training."""
 NEUTRAL_KEYS = frozenset(
@@ -96,7 +112,7 @@ NEUTRAL_KEYS = frozenset(
 
 
 def decide(
-    state: RunState | None, config: Mapping[str, Any], *, new_run: bool, data_sha256: str | None = None
+    state: RunState | None, config: Mapping[str, Any], *, new_run: bool, contents: Contents = Contents()
 ) -> Decision:
     """Decide what `train` does.
 
@@ -104,15 +120,13 @@ def decide(
         state: The newest run of the name; None: there is none.
         config: The file, as JSON.
         new_run: The user asked for a new run.
-        data_sha256: Of what is in the data; None: not known, and the paths of its files are compared.
+        contents: Of what the file names by its place; where it is not known, the places are compared.
     """
     if state is None or new_run:
         return Start(run=1 if state is None else state.run + 1)
     changes = _changes(state.config, config)
-    if state.data_sha256 is not None and data_sha256 is not None:
-        changes = {key: change for key, change in changes.items() if not _is_file(key)}
-        if state.data_sha256 != data_sha256:
-            changes["data"] = (f"content {state.data_sha256[:12]}", f"content {data_sha256[:12]}")
+    _compare_contents(changes, "data", state.contents.data, contents.data)
+    _compare_contents(changes, "model.pretrained", state.contents.pretrained, contents.pretrained)
     stretched = _stretched(changes)
     if stretched is not None:
         del changes[stretched[0]]
@@ -141,8 +155,14 @@ def _is_neutral(key: str) -> bool:
     return key in NEUTRAL_KEYS or key.split(".", 1)[0] in NEUTRAL_SECTIONS
 
 
-def _is_file(key: str) -> bool:
-    return ".".join(key.split(".")[:2]) in FILE_KEYS
+def _compare_contents(changes: dict[str, tuple[Any, Any]], what: str, old: str | None, new: str | None) -> None:
+    """Where both contents are known, let them count instead of their places."""
+    if old is None or new is None:
+        return
+    for key in [key for key in changes if ".".join(key.split(".")[:2]) in PLACES[what]]:
+        del changes[key]
+    if old != new:
+        changes[what] = (f"content {old[:12]}", f"content {new[:12]}")
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

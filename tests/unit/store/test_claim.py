@@ -16,8 +16,9 @@ import pytest
 from versions_made import NAME, commit, config, save
 
 from eagleray.errors import CheckpointDamagedError, FencedError, OwnerAliveError, RunChangedError
+from eagleray.hub import hash_checkpoint
 from eagleray.store.claim import Finished, RunClaim, claim_run
-from eagleray.store.decide import Outcome
+from eagleray.store.decide import Contents, Outcome
 from eagleray.store.objects import ObjectStore
 from eagleray.store.owner import Owner, Timing, beat_key
 from eagleray.store.records import create_record, read_record, write_record
@@ -95,7 +96,8 @@ def test_a_run_goes_on_from_its_latest_commit(local_store: ObjectStore) -> None:
 
 def claim_of_rows(store: ObjectStore, path: str, rows: str) -> RunClaim:
     files = config(data={"train": path})
-    claimed = claim_run(store, files, hash_data=lambda: rows * 64, notify=lambda _: None, timing=FAST)
+    contents = Contents(rows * 64)
+    claimed = claim_run(store, files, hash_contents=lambda: contents, notify=lambda _: None, timing=FAST)
     assert isinstance(claimed, RunClaim)
     return claimed
 
@@ -108,13 +110,36 @@ def test_a_run_goes_on_where_its_rows_lie_elsewhere_and_not_with_other_rows(loca
     assert highest_epoch(local_store, NAME, 1) == 2
 
 
+def test_a_run_goes_on_where_its_pretrained_model_was_moved_and_not_where_it_was_changed(
+    local_store: ObjectStore, tmp_path: Path
+) -> None:
+    def attempt(directory: Path) -> None:
+        files = config(model={"pretrained": str(directory)})
+        contents = Contents("a" * 64, hash_checkpoint(directory))
+        claimed = claim_run(local_store, files, hash_contents=lambda: contents, notify=lambda _: None, timing=FAST)
+        assert isinstance(claimed, RunClaim)
+        claimed.finish(Outcome.INTERRUPTED, {})
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "README.md"):
+        (here / name).write_text(name)
+    attempt(here)
+    here.rename(there)
+    (there / "README.md").write_text("is no part of a model")
+    attempt(there)
+    (there / "tokenizer.json").write_text("another one")
+    with pytest.raises(RunChangedError, match=r"model\.pretrained: 'content \w{12}' -> 'content \w{12}'"):
+        attempt(there)
+
+
 def test_a_finished_run_is_reported_also_where_its_rows_are_gone(local_store: ObjectStore) -> None:
     claim(local_store).finish(Outcome.FINISHED, {})
 
-    def gone() -> str:
+    def gone() -> Contents:
         raise AssertionError("the rows were read")
 
-    assert isinstance(claim_run(local_store, config(), hash_data=gone, notify=lambda _: None), Finished)
+    assert isinstance(claim_run(local_store, config(), hash_contents=gone, notify=lambda _: None), Finished)
 
 
 def test_changed_code_is_said_with_both_hashes(local_store: ObjectStore, tmp_path: Path) -> None:

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 from versions_made import config
 
-from eagleray.store.decide import AlreadyFinished, Continue, Decision, Outcome, Refuse, RunState, Start, decide
+from eagleray.store.decide import (
+    AlreadyFinished,
+    Contents,
+    Continue,
+    Decision,
+    Outcome,
+    Refuse,
+    RunState,
+    Start,
+    decide,
+)
 
 OLD = config().model_dump(mode="json")
 
@@ -79,28 +89,54 @@ def of_files(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
 def test_the_same_rows_may_lie_elsewhere(outcome: Outcome | None) -> None:
-    state = RunState(2, of_files("/here"), outcome, data_sha256="a" * 64)
-    decided = decide(state, of_files("/there"), new_run=False, data_sha256="a" * 64)
+    state = RunState(2, of_files("/here"), outcome, contents=Contents("a" * 64))
+    decided = decide(state, of_files("/there"), new_run=False, contents=Contents("a" * 64))
     assert decided == (Continue(2) if outcome is None else AlreadyFinished(2))
 
 
 def test_other_rows_in_the_same_place_are_another_file() -> None:
-    state = RunState(2, of_files("/here"), None, data_sha256="a" * 64)
-    decided = decide(state, of_files("/here"), new_run=False, data_sha256="b" * 64)
+    state = RunState(2, of_files("/here"), None, contents=Contents("a" * 64))
+    decided = decide(state, of_files("/here"), new_run=False, contents=Contents("b" * 64))
     assert decided == Refuse(2, {"data": ("content aaaaaaaaaaaa", "content bbbbbbbbbbbb")})
 
 
 def test_the_same_rows_cut_into_other_splits_are_another_file() -> None:
     new = config(data={"train": "/there/rows.jsonl", "validation_split": 0.2}).model_dump(mode="json")
     old = config(data={"train": "/here/rows.jsonl"}).model_dump(mode="json")
-    decided = decide(RunState(2, old, None, "a" * 64), new, new_run=False, data_sha256="a" * 64)
+    decided = decide(RunState(2, old, None, Contents("a" * 64)), new, new_run=False, contents=Contents("a" * 64))
     assert decided == Refuse(2, {"data.validation_split": (0.05, 0.2)})
 
 
 def test_files_whose_content_is_not_known_go_by_their_paths() -> None:
-    decided = decide(RunState(2, of_files("/here"), None), of_files("/there"), new_run=False, data_sha256="b" * 64)
+    decided = decide(
+        RunState(2, of_files("/here"), None), of_files("/there"), new_run=False, contents=Contents("b" * 64)
+    )
     assert isinstance(decided, Refuse)
     assert list(decided.changes) == ["data.test", "data.train.source", "data.train.target"]
+
+
+def of_pretrained(place: str, revision: str | None = None) -> dict[str, Any]:
+    return config(model={"pretrained": place, "revision": revision}).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
+def test_the_same_pretrained_model_may_lie_elsewhere(outcome: Outcome | None) -> None:
+    known = Contents("a" * 64, "c" * 64)
+    state = RunState(2, of_pretrained("/here/opus", "v1"), outcome, known)
+    decided = decide(state, of_pretrained("/there/opus"), new_run=False, contents=known)
+    assert decided == (Continue(2) if outcome is None else AlreadyFinished(2))
+
+
+def test_another_pretrained_model_in_the_same_place_is_another_file() -> None:
+    state = RunState(2, of_pretrained("/here"), None, Contents("a" * 64, "c" * 64))
+    decided = decide(state, of_pretrained("/here"), new_run=False, contents=Contents("a" * 64, "d" * 64))
+    assert decided == Refuse(2, {"model.pretrained": ("content cccccccccccc", "content dddddddddddd")})
+
+
+def test_a_pretrained_model_whose_content_was_not_recorded_goes_by_its_place() -> None:
+    state = RunState(2, of_pretrained("/here"), None, Contents("a" * 64))
+    decided = decide(state, of_pretrained("/there"), new_run=False, contents=Contents("a" * 64, "c" * 64))
+    assert decided == Refuse(2, {"model.pretrained": ("/here", "/there")})
 
 
 @pytest.mark.parametrize("outcome", [None, Outcome.FINISHED])
