@@ -37,7 +37,7 @@ from eagleray_jobs.data.sources import open_source
 from eagleray_jobs.train.board import Phase, open_board
 from eagleray_jobs.train.failures import merge
 from eagleray_jobs.train.launch import build_trainer, environment
-from eagleray_jobs.train.preflight import workers_request
+from eagleray_jobs.train.preflight import check_half_precision, workers_request
 from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.report import TrainReport, next_commands
 from eagleray_jobs.train.schedule import num_steps
@@ -145,7 +145,9 @@ class _Driver:
         cluster = self.ray_stack.enter_context(
             connect(options.address, code=code, verbose=options.verbose, notify=self.view.note)
         )
-        request = workers_request(config, self.layout, use_gpu=self._use_gpu(cluster))
+        use_gpu = self._use_gpu(cluster)
+        check_half_precision(config, cluster.where, has_gpus=use_gpu)
+        request = workers_request(config, self.layout, use_gpu=use_gpu)
         cluster.require(request, config.resources.wait_s, self.view.note)
         self._enter("prepare data")
         spec = self._prepare(claim, cluster)

@@ -11,7 +11,7 @@ from functools import partial
 from torch import nn
 
 from eagleray.config.schema import TrainConfig
-from eagleray.errors import ConfigError, NonFiniteLossError
+from eagleray.errors import NonFiniteLossError
 from eagleray.models.initialize import skeleton_of
 from eagleray.models.plans import parallel_plan
 from eagleray.models.sources import ModelInMemory, fill_from
@@ -215,8 +215,6 @@ def _cut(spec: WorkerSpec, parts: Parts) -> nn.Module:
     mesh, device, fill = parts.mesh, parts.device, parts.fill
     if spec.layout.pipeline == 1:
         return apply_layout(model, spec.layout, mesh, device, plan=plan, options=options, fill=fill)
-    if spec.train.torch_compile:
-        raise ConfigError("train.torch_compile does not work with parallel.pipeline_parallel_degree above 1")
     if fill is None:
         model, fill = skeleton_of(model), partial(fill_from, ModelInMemory(model))
     loss = parts.task.loss

@@ -8,8 +8,8 @@ from eagleray.cluster import check_local, find_address
 from eagleray.config.crosschecks import layout_of
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
-from eagleray.errors import StoreURIError
-from eagleray.resources import ResourceRequest
+from eagleray.errors import ResourceError, StoreURIError
+from eagleray.resources import ResourceRequest, count_gpus
 from eagleray.user_code import python_paths
 
 
@@ -30,15 +30,30 @@ def check(config: RunConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The degrees do not fit, or `code:` names no directory.
-        ResourceError: This machine has less than the workers ask for.
+        ResourceError: This machine has less than the workers ask for, or no GPU for fp16.
         StoreURIError: The store is relative, and the cluster is not ours alone.
     """
     layout, is_local = layout_of(config), find_address(address) is None
     python_paths(config.code)
     if is_local:
         check_local(workers_request(config, layout, use_gpu=config.resources.use_gpu is True))
+        if config.resources.use_gpu == "auto":
+            check_half_precision(config, "this machine", has_gpus=count_gpus() > 0)
     elif config.store is not None:
         check_absolute(config.store)
+
+
+def check_half_precision(config: RunConfig, where: str, *, has_gpus: bool) -> None:
+    """Refuse fp16 where the workers would compute on CPUs.
+
+    Raises:
+        ResourceError: There is no GPU.
+    """
+    if config.train is not None and config.train.fp16 and not has_gpus:
+        raise ResourceError(
+            f"train.fp16 needs GPUs, but {where} has none",
+            "Set train.bf16 instead, or train on a cluster with GPUs (--address).",
+        )
 
 
 def check_absolute(store: str) -> None:

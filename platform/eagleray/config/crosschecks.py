@@ -30,6 +30,8 @@ def cross_problems(config: RunConfig) -> list[Problem]:
         _adapter_has_base,
         _layout_fits_workers,
         _can_offload,
+        _can_compile,
+        _fp16_has_gpus,
     )
     found = [rule(config) for rule in rules]
     return [problem for problem in found if problem is not None]
@@ -110,6 +112,22 @@ def _can_offload(config: RunConfig) -> Problem | None:
         return None
     message = f"parallel.cpu_offload does not work where {found[0]}; leave it out"
     return Problem(("parallel", "cpu_offload"), message)
+
+
+def _can_compile(config: RunConfig) -> Problem | None:
+    if config.train is None or not config.train.torch_compile:
+        return None
+    if config.parallel.pipeline_parallel_degree == 1:
+        return None
+    message = "train.torch_compile does not work where parallel.pipeline_parallel_degree is above 1; leave it out"
+    return Problem(("train", "torch_compile"), message)
+
+
+def _fp16_has_gpus(config: RunConfig) -> Problem | None:
+    if config.train is None or not config.train.fp16 or config.resources.use_gpu is not False:
+        return None
+    message = "train.fp16 needs GPUs, but resources.use_gpu is false; set train.bf16 instead"
+    return Problem(("train", "fp16"), message)
 
 
 def _adapter_has_base(config: RunConfig) -> Problem | None:

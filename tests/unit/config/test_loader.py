@@ -254,3 +254,9 @@ def test_files_and_overrides_are_told_apart(tmp_path: Path) -> None:
     assert split_arguments([str(odd)]) == ([odd], [])
     with pytest.raises(UsageError, match=r"b\.yaml stands behind x=1"):
         split_arguments(["a.yaml", "x=1", "b.yaml"])
+
+
+def test_compiling_a_pipeline_is_refused_with_both_keys(message: MessageOf) -> None:
+    overrides = ["train.torch_compile=true", "parallel.pipeline_parallel_degree=2"]
+    said = message(FILE, *overrides)
+    assert "train.torch_compile does not work where parallel.pipeline_parallel_degree is above 1" in said

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eagleray.errors import StoreURIError
+from eagleray.resources import count_gpus
 from eagleray_jobs.train.preflight import check_absolute
 
 FILE = """
@@ -45,4 +46,25 @@ finally:
     assert "1 workers x CPU 900 = CPU 900, but this machine has CPU " in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "resource"
     assert done.stderr.splitlines()[-1] == "[]"
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "use_gpu, message",
+    [
+        ("auto", "train.fp16 needs GPUs, but this machine has none"),
+        ("false", "train.fp16 needs GPUs, but resources.use_gpu is false; set train.bf16 instead"),
+    ],
+)
+@pytest.mark.skipif(count_gpus() > 0, reason="this machine has a GPU")
+def test_half_precision_without_a_gpu_is_refused_before_anything_starts(
+    use_gpu: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(FILE.replace("CPU: 900", "CPU: 0.1"))
+    words = ["train", "run.yaml", "train.fp16=true", f"resources.use_gpu={use_gpu}", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "eagleray.cli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in json.loads(done.stdout.splitlines()[-1])["error"]["message"]
     assert not (tmp_path / "store").exists()
