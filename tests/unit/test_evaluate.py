@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 from fake_checkpoint import FakeCheckpoint, tiny_checkpoint
-from tiny_models import PAIRS, TEXTS
+from tiny_models import IMAGES, PAIRS, TEXTS
 
 from eagleray.config.schema import RunConfig
 from eagleray.engine import load_engine
 from eagleray.errors import DataError
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import load_task
+from eagleray.tasks.image_classification import read_image_bytes
 from eagleray_jobs.baselines import NgramClassifier
 from eagleray_jobs.evaluate import evaluate, keep_report
 from eagleray_jobs.pool import run_in_line
 
-ROWS = {"translation": PAIRS, "text-classification": TEXTS}
+ROWS = {"translation": PAIRS, "text-classification": TEXTS, "image-classification": IMAGES}
 
 
 def with_files(checkpoint: FakeCheckpoint, folder: Path) -> RunConfig:
@@ -31,7 +32,7 @@ def with_files(checkpoint: FakeCheckpoint, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-@pytest.mark.parametrize("task_name", ["translation", "text-classification"])
+@pytest.mark.parametrize("task_name", ROWS)
 def test_the_scores_are_those_of_the_task_on_the_answers_of_the_engine(task_name: str, tmp_path: Path) -> None:
     checkpoint, _ = tiny_checkpoint(task_name)
     config = with_files(checkpoint, tmp_path)
@@ -39,7 +40,28 @@ def test_the_scores_are_those_of_the_task_on_the_answers_of_the_engine(task_name
     answers = load_engine(checkpoint).answer(ROWS[task_name])
     assert report.scores == load_task(config).score(answers, ROWS[task_name])  # type: ignore[arg-type]
     assert report.num_examples == len(ROWS[task_name]) and report.num_failed == 0
-    assert any(name.endswith("/unit") for name in report.scores)
+    kinds = {row["kind"] for row in ROWS[task_name] if "kind" in row}
+    assert {name.split("/")[1] for name in report.scores if "/" in name} == kinds
+
+
+def test_images_are_scored_from_the_files_that_rows_name_and_from_the_bundled_digits(tmp_path: Path) -> None:
+    checkpoint, _ = tiny_checkpoint("image-classification")
+    for number, row in enumerate(IMAGES):
+        (tmp_path / f"{number}.png").write_bytes(read_image_bytes(row["image"]))
+    rows = [{"image": f"{number}.png", "label": row["label"]} for number, row in enumerate(IMAGES)]
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = with_files(checkpoint, tmp_path)
+    scores = []
+    for test in ("test.jsonl", "named.jsonl"):
+        data = config.data.model_copy(update={"test": str(tmp_path / test)})
+        changed = config.model_copy(update={"data": data})
+        scores.append(evaluate(changed, checkpoint.ref, lambda: load_engine(checkpoint), run_in_line).scores)
+    assert scores[0] == scores[1]
+
+    digits = config.data.model_copy(update={"source": "digits", "train": None, "test": None, "test_split": 0.02})
+    config = config.model_copy(update={"data": digits})
+    report = evaluate(config, checkpoint.ref, lambda: load_engine(checkpoint), run_in_line)
+    assert report.num_examples > 20 and report.num_failed == 0 and "accuracy/digit" in report.scores
 
 
 def test_copying_the_input_is_the_baseline_of_a_translation(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class ExampleReader:
         example = {name: example[name] for name in dict.fromkeys(wanted) if name in example}
         if folder is not None and isinstance(example.get("image"), str) and "image" in self.columns:
             path = example["image"]
-            example["image"] = path if path.startswith("/") else folder + path
+            example["image"] = path if path.startswith("/") or "://" in path else folder + path
         return example
 
     def _find_missing(self, row: Row) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from eagleray.config.families import ViTFamily, parse_family
-from eagleray.errors import ConfigError, DataError
+from eagleray.errors import ConfigError, DataError, StoreError, StoreURIError
 from eagleray.hub import locate_pretrained
+from eagleray.store.objects import ObjectStore
 from eagleray.tasks import rows
 from eagleray.tasks.base import Batch, Encoded, Example, Features, Head, Processor
 from eagleray.tasks.classification import ClassificationTask, labels_file, pretrained_labels, read_labels
@@ -118,8 +120,8 @@ def read_image_bytes(value: Any) -> bytes:
     """Return an image as the bytes of a PNG, JPEG or other file that Pillow opens.
 
     Args:
-        value: The bytes, a path, an array of shape (height, width) or (height, width, 3) with values 0 to 255, or
-            Hugging Face's `{"bytes": ..., "path": ...}`.
+        value: The bytes, a path or store URI, an array of shape (height, width) or (height, width, 3) with values
+            0 to 255, or Hugging Face's `{"bytes": ..., "path": ...}`.
 
     Raises:
         DataError: It is none of these, cannot be opened or is larger than `MAX_PIXELS`.
@@ -127,16 +129,31 @@ def read_image_bytes(value: Any) -> bytes:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (str, Path)):
-        try:
-            value = Path(value).read_bytes()
-        except OSError as error:
-            raise DataError(f"column 'image': cannot read {rows.shorten(str(value))}: {error.strerror}") from None
+        value = _read_file(str(value))
     if isinstance(value, (list, np.ndarray)):
         return _encode_array(value)
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise DataError(f"column 'image' holds {rows.shorten(value)}: no bytes, path or array")
     _open(bytes(value))
     return bytes(value)
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        if "://" not in path:
+            return Path(path).read_bytes()
+        location, _, name = path.rpartition("/")
+        return _open_store(location).get(name)
+    except OSError as error:
+        raise DataError(f"column 'image': cannot read {rows.shorten(path)}: {error.strerror}") from None
+    except (StoreError, StoreURIError) as error:
+        raise DataError(f"column 'image': cannot read {rows.shorten(path)}: {error.message}") from None
+
+
+@lru_cache(maxsize=16)
+def _open_store(location: str) -> ObjectStore:
+    """Open a folder of images once: a client of its own for each of a million of them would take hours."""
+    return ObjectStore.open(location)
 
 
 def _encode_array(value: Any) -> bytes:

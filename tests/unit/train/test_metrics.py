@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -103,19 +104,25 @@ def test_a_resumed_run_drops_what_lies_beyond_its_step_and_a_torn_line(tmp_path:
     assert steps_of(path.read_bytes()) == [10, 20, 30]
 
 
-def test_segments_become_one_file_at_the_end(tmp_path: Path) -> None:
-    store = ObjectStore.open(str(tmp_path))
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """A directory, and a bucket of an S3 server."""
+    if request.param == "local":
+        return ObjectStore.open(str(tmp_path))
+    return ObjectStore.open(f"{request.getfixturevalue('s3_bucket')}/{secrets.token_hex(8)}", timeout_s=20)
+
+
+def test_segments_become_one_file_at_the_end(store: ObjectStore) -> None:
     segments = JsonlSegments(store, "runs/a/r1", 0)
-    for step in range(1, RECORDS_PER_SEGMENT + 3):
-        segments.write([record(step)])
+    for start in range(1, RECORDS_PER_SEGMENT + 3, 100):
+        segments.write([record(step) for step in range(start, min(start + 100, RECORDS_PER_SEGMENT + 3))])
     assert len(list(store.list("runs/a/r1/metrics"))) == 2
     segments.close()
     assert [info.key for info in store.list("runs/a/r1")] == ["runs/a/r1/metrics.jsonl"]
     assert steps_of(store.get("runs/a/r1/metrics.jsonl")) == list(range(1, RECORDS_PER_SEGMENT + 3))
 
 
-def test_segments_of_a_killed_run_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
-    store = ObjectStore.open(str(tmp_path))
+def test_segments_of_a_killed_run_are_cut_at_the_resumed_step(store: ObjectStore) -> None:
     killed = JsonlSegments(store, "runs/a/r1", 0)
     killed.write([record(10), record(20)])
     killed.write([record(30)])
