@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,7 @@ class Engine:
         device: Where it runs.
         dtype: Precision of the matrix products.
         backend: What generates.
+        close: Lets go of what the model holds besides memory of this process.
 
     Raises:
         ConfigError: The device or the model does not do what was asked for.
@@ -125,6 +126,7 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: Precision = "float32",
         backend: Backend = "auto",
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = torch.device(device)
         _check_precision(dtype, self.device)
@@ -139,6 +141,7 @@ class Engine:
         self._call_limits = limits.times(_BATCHES_PER_CALL) if cuts_itself else limits
         self._max_padding_share = 1.0 if cuts_itself else _MAX_PADDING_SHARE
         self.summary = _summarise(task, processor, ref)
+        self.close = close
 
     def answer(
         self, items: Sequence[Example], options: Mapping[str, Any] | None = None

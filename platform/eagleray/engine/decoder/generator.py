@@ -9,7 +9,7 @@ from torch import nn
 
 from eagleray.engine.decoder.families import UnknownModelError, build_network
 from eagleray.engine.decoder.linear import Precision
-from eagleray.engine.decoder.network import Network
+from eagleray.engine.decoder.network import Decoder
 from eagleray.engine.decoder.rules import DecodingRules, read_rules, unfollowed_settings
 from eagleray.engine.decoder.session import DecodingSession
 from eagleray.engine.options import DecodingOptions
@@ -25,7 +25,7 @@ class NetworkGenerator:
         limits: Rows at once.
     """
 
-    def __init__(self, network: Network, settings: Mapping[str, Any], limits: BatchLimits) -> None:
+    def __init__(self, network: Decoder, settings: Mapping[str, Any], limits: BatchLimits) -> None:
         self._network, self._settings, self._limits = network, settings, limits
 
     @classmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagleray.engine.decoder.cache import KeyValueCache
+from eagleray.engine.decoder.cache import CacheShape, KeyValueCache
 from eagleray.engine.decoder.linear import Linear
 from eagleray.engine.decoder.packing import Packing
 
@@ -105,6 +105,27 @@ class Shape:
     num_encoder_heads: int
 
 
+class Decoder(Protocol):
+    """What a decoding session drives: a network in this process, or one that is cut over several."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores and tokens are."""
+        ...
+
+    def make_cache(self, num_beams: int, num_slots: int) -> KeyValueCache:
+        """Return an empty cache for so many rows."""
+        ...
+
+    def admit(self, sources: Sequence[Sequence[int]], cache: KeyValueCache) -> None:
+        """Encode rows and let them into a cache, behind the last one."""
+        ...
+
+    def step(self, tokens_N: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the scores of the tokens that follow the last one of each hypothesis, shape (N, V)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """Weights and how they are put together.
@@ -140,6 +161,19 @@ class Network:
     scores: Linear
     dtype: torch.dtype
     device: torch.device
+
+    def make_cache(self, num_beams: int, num_slots: int) -> KeyValueCache:
+        """Return an empty cache for so many rows."""
+        shape = self.shape
+        sizes = CacheShape(shape.num_layers, shape.num_heads, shape.head_dim, num_beams, num_slots)
+        return KeyValueCache(sizes, self.dtype, self.device)
+
+    def admit(self, sources: Sequence[Sequence[int]], cache: KeyValueCache) -> None:
+        """Encode rows and let them into a cache, behind the last one."""
+        packing, shape = Packing(sources, self.device), self.shape
+        cross = packing.pad(self.encode(packing))
+        cross = cross.view(packing.num_rows, packing.longest, shape.num_layers, 2, shape.num_heads, shape.head_dim)
+        cache.join(cross.permute(2, 3, 0, 4, 1, 5), packing.lengths)
 
     def encode(self, packing: Packing) -> Tensor:
         """Return keys and values of the cross-attention of each source token, shape (N, layers * 2 * E)."""

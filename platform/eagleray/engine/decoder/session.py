@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from eagleray.engine.decoder.beam import BeamSearch
-from eagleray.engine.decoder.cache import CacheShape, KeyValueCache
+from eagleray.engine.decoder.cache import KeyValueCache
 from eagleray.engine.decoder.greedy import Greedy
-from eagleray.engine.decoder.network import Network
-from eagleray.engine.decoder.packing import Packing
+from eagleray.engine.decoder.network import Decoder
 from eagleray.engine.decoder.rules import DecodingRules
 from eagleray.engine.plan import BatchLimits
 
@@ -47,7 +46,7 @@ class DecodingSession:
         limits: Rows at once, and their source tokens, padding included.
     """
 
-    def __init__(self, network: Network, rules: DecodingRules, limits: BatchLimits) -> None:
+    def __init__(self, network: Decoder, rules: DecodingRules, limits: BatchLimits) -> None:
         self._network, self._rules, self._limits = network, rules, limits
         self._chooser: Any = BeamSearch(rules) if rules.num_beams > 1 else Greedy(rules)
         self._waiting: deque[tuple[int, Sequence[int]]] = deque()
@@ -98,7 +97,7 @@ class DecodingSession:
         """Let waiting rows in where there is room."""
         wanted = max(1, min(self._limits.max_items, len(self._waiting)))
         if self._cache is None or (not self._rows and self._cache.num_slots < wanted):
-            self._cache = self._make_cache(wanted)
+            self._cache = self._network.make_cache(self._rules.num_beams, wanted)
         num_slots = self._cache.num_slots
         if self._waiting and (not self._rows or (num_slots - len(self._rows)) * FREE_SHARE >= num_slots):
             if group := self._take(self._cache):
@@ -116,11 +115,7 @@ class DecodingSession:
         return group
 
     def _admit(self, group: Sequence[tuple[int, Sequence[int]]], cache: KeyValueCache) -> None:
-        network, shape = self._network, self._network.shape
-        packing = Packing([source for _, source in group], network.device)
-        cross = packing.pad(network.encode(packing))
-        cross = cross.view(len(group), packing.longest, shape.num_layers, 2, shape.num_heads, shape.head_dim)
-        cache.join(cross.permute(2, 3, 0, 4, 1, 5), packing.lengths)
+        self._network.admit([source for _, source in group], cache)
         self._rows += [self._chooser.open(ticket) for ticket, _ in group]
         starts = self._tokens_N.new_full((len(group) * self._rules.num_beams,), self._rules.start_token_id)
         self._tokens_N = torch.cat([self._tokens_N, starts])
@@ -142,8 +137,3 @@ class DecodingSession:
         order = cache.keep(kept)
         self._rows = [self._rows[slot] for slot in order]
         self._tokens_N = self._tokens_N.view(-1, self._rules.num_beams)[order].flatten()
-
-    def _make_cache(self, num_slots: int) -> KeyValueCache:
-        shape = self._network.shape
-        sizes = CacheShape(shape.num_layers, shape.num_heads, shape.head_dim, self._rules.num_beams, num_slots)
-        return KeyValueCache(sizes, self._network.dtype, self._network.device)
