@@ -34,8 +34,24 @@ class BatchedEngine:
         self._defaults = {"num_beams": serve.num_beams} if engine.summary.route == "translate" else {}
         # Two threads, one each: a tokenizer and a model may run side by side, but neither beside itself.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eagleray-prepare")
-        self._batcher = Batcher[Prepared, Any](ModelThread(engine.run), engine.limits)
+        self._running = ModelThread[Prepared, Any](engine.run)
+        self._batcher = Batcher[Prepared, Any](self._running, engine.limits)
         self._num_preparing = 0
+
+    @property
+    def version(self) -> str:
+        """`r1-step-00001200`."""
+        return self._engine.summary.version
+
+    async def close(self) -> None:
+        """Answer what runs, refuse what waits, end the threads and free the weights."""
+        await self._batcher.close()
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        self._preparing.shutdown(wait=True, cancel_futures=True)
+        self._running.close()
+        self._engine.close()
 
     async def answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking

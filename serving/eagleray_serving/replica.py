@@ -11,6 +11,7 @@ from eagleray_serving.loading import load
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.service import ModelService
+from eagleray_serving.versions import Versions
 
 
 class ModelReplica:
@@ -22,8 +23,9 @@ class ModelReplica:
 
     def __init__(self, plan: ModelPlan) -> None:
         keep_on_loopback()
-        self._engine = BatchedEngine(load(plan, plan.card.ref), plan.serve)
-        self._service = ModelService(plan.card, plan.columns, self._engine, plan.serve)
+        first = BatchedEngine(load(plan, plan.card.ref), plan.serve)
+        self._versions = Versions(first, plan.serve.request_timeout_s)
+        self._service = ModelService(plan.card, plan.columns, self._versions, plan.serve)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application that answers this replica's HTTP requests."""
