@@ -34,8 +34,8 @@ class BatchedEngine:
         self._defaults = {"num_beams": serve.num_beams} if engine.summary.route == "translate" else {}
         # Two threads, one each: a tokenizer and a model may run side by side, but neither beside itself.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eagleray-prepare")
-        self._running = ModelThread[Prepared, Any](engine.run)
-        self._batcher = Batcher[Prepared, Any](self._running, engine.limits)
+        self._running = ModelThread()
+        self._batcher = Batcher[Prepared, Any](self._running.start(engine), engine.limits)
         self._num_preparing = 0
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from virtual_time import run_virtual
 
 from eagleray.engine.batcher import Batcher, Lane
 from eagleray.engine.plan import BatchLimits, choose_batch, cut_batches
+from eagleray.engine.work import Ended, Entering, in_batches
 from eagleray.errors import ModelStoppedError, RequestTimeoutError
 
 
@@ -33,7 +34,7 @@ class SlowModel:
 
 
 def batcher(model: Any, max_items: int = 64, max_tokens: int = 8192, **options: Any) -> Batcher[int, int]:
-    return Batcher(model, BatchLimits(max_items, max_tokens), **options)
+    return Batcher(in_batches(model), BatchLimits(max_items, max_tokens), **options)
 
 
 def test_items_gather_while_the_model_is_busy() -> None:
@@ -244,10 +245,154 @@ def test_an_event_loop_that_ends_is_not_held_up() -> None:
     run_virtual(main())
 
 
+class StepwiseModel:
+    """Takes as many steps over an item as its number says; items enter and leave between steps."""
+
+    takes_more = True
+
+    def __init__(self, step_s: float = 1.0) -> None:
+        self.step_s = step_s
+        self.left: dict[int, int] = {}
+        self.started: list[tuple[float, int]] = []
+        self.widest = 0
+        self.hurried = asyncio.Event()
+
+    def start(self, options: Mapping[str, Any]) -> StepwiseModel:
+        return self
+
+    def hurry(self) -> None:
+        self.hurried.set()
+
+    async def advance(self, entering: Sequence[Entering[int]], leaving: Collection[int]) -> list[Ended[int]]:
+        self.hurried.clear()
+        for key in leaving:
+            del self.left[key]
+        for each in entering:
+            self.left[each.key] = each.item
+            self.started.append((asyncio.get_running_loop().time(), each.item))
+        self.widest = max(self.widest, len(self.left))
+        while self.left:
+            await asyncio.sleep(self.step_s)
+            self.left = {key: left - 1 for key, left in self.left.items()}
+            ended = [key for key, left in self.left.items() if left == 0]
+            for key in ended:
+                del self.left[key]
+            if ended or self.hurried.is_set():
+                return [Ended(key, key) for key in ended]
+        return []
+
+
+def stepwise(model: StepwiseModel, max_items: int = 8, **options: Any) -> Batcher[int, int]:
+    return Batcher(model.start, BatchLimits(max_items, 8192), **options)
+
+
+def test_an_item_enters_while_others_are_in_work_and_is_answered_before_them() -> None:
+    model, ended = StepwiseModel(), []
+
+    async def main() -> None:
+        b, loop = stepwise(model), asyncio.get_running_loop()
+
+        async def ask(steps: int, at_s: float) -> None:
+            await asyncio.sleep(at_s)
+            await b.submit(steps, num_tokens=1)
+            ended.append((steps, loop.time()))
+
+        await asyncio.gather(ask(10, 0), ask(2, 3.5), ask(3, 3.6))
+
+    run_virtual(main())
+    assert model.started == [(0, 10), (4, 2), (4, 3)]
+    assert ended == [(2, 6), (3, 7), (10, 10)]
+
+
+def test_an_item_in_work_that_nobody_waits_for_makes_room_for_the_next() -> None:
+    model = StepwiseModel()
+
+    async def main() -> float:
+        b = stepwise(model, max_items=1)
+        first = asyncio.create_task(b.submit(1000, num_tokens=1))
+        second = asyncio.create_task(b.submit(2, num_tokens=1))
+        await asyncio.sleep(4.5)
+        first.cancel()
+        await second
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) == 7
+    assert model.left == {}
+
+
+def test_bulk_items_leave_room_for_interactive_ones() -> None:
+    model = StepwiseModel()
+
+    async def main() -> list[float]:
+        b, loop = stepwise(model, max_items=16), asyncio.get_running_loop()
+        bulk = [asyncio.create_task(b.submit(100, num_tokens=1, lane=Lane.BULK)) for _ in range(40)]
+        await asyncio.sleep(4.5)
+        await b.submit(1, num_tokens=1)
+        asked_s = loop.time()
+        await asyncio.gather(*bulk)
+        return [asked_s]
+
+    assert run_virtual(main()) == [6]  # it begins with the next step, and ends with it
+    assert model.widest == 14 + 2  # one of them interactive
+
+
+def test_others_under_other_options_are_not_kept_waiting_by_those_that_could_join() -> None:
+    model = StepwiseModel()
+
+    async def main() -> float:
+        b, loop = stepwise(model, max_items=2), asyncio.get_running_loop()
+
+        async def keep_asking() -> None:
+            for _ in range(20):
+                await b.submit(3, num_tokens=1)
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(3)]
+        await asyncio.sleep(1.5)
+        await b.submit(1, num_tokens=1, options={"num_beams": 4})
+        answered_s = loop.time()
+        await asyncio.gather(*asking)
+        return answered_s
+
+    assert run_virtual(main()) <= 8
+
+
+def test_a_model_that_raises_in_work_fails_what_was_in_work_and_goes_on() -> None:
+    class Broken(StepwiseModel):
+        async def advance(self, entering: Sequence[Entering[int]], leaving: Collection[int]) -> list[Ended[int]]:
+            if any(each.item == 13 for each in entering):
+                raise ValueError("thirteen")
+            return await super().advance(entering, leaving)
+
+    async def main() -> list[int | BaseException]:
+        b = stepwise(Broken())
+        first = asyncio.gather(b.submit(5, num_tokens=1), b.submit(13, num_tokens=1), return_exceptions=True)
+        return [*await first, await b.submit(1, num_tokens=1)]
+
+    five, thirteen, one = run_virtual(main())
+    assert isinstance(five, ValueError) and isinstance(thirteen, ValueError) and isinstance(one, int)
+
+
+def test_busy_seconds_grow_while_the_model_keeps_the_loop_waiting() -> None:
+    async def main() -> list[float]:
+        b, seen = batcher(SlowModel(batch_s=10)), []
+        seen.append(b.busy_s)
+        asking = asyncio.create_task(b.submit(1, num_tokens=7))
+        await asyncio.sleep(4)
+        seen += [b.busy_s, b.num_running_tokens]
+        await asking
+        await asyncio.sleep(1)
+        return [*seen, b.busy_s, b.num_running_tokens]
+
+    assert run_virtual(main()) == [0, 4, 7, 0, 0]
+
+
 def test_similar_lengths_are_chosen_around_the_oldest_item() -> None:
     lengths = [10, 100, 11, 9, 50, 10]
     assert sorted(choose_batch(lengths, [0] * 6, BatchLimits(4, 8192))) == [0, 2, 3, 5]
     assert choose_batch([500, 1, 1], [0] * 3, BatchLimits(4, 100)) == [0]
+    assert choose_batch([10, 1, 1], [0] * 3, BatchLimits(4, 100), present=[10, 10]) == [0, 1]
+    assert choose_batch([10], [0], BatchLimits(4, 100), present=[10] * 4) == []
+    assert choose_batch([60], [0], BatchLimits(4, 100), present=[1]) == []
 
 
 def test_cut_batches_hold_each_item_once_within_the_limits() -> None:

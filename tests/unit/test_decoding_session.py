@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from fake_checkpoint import tiny_checkpoint
 from random_models import marian, sources
 from tiny_models import PAIRS
 
-from eagleray.engine import ItemError, load_engine
+from eagleray.engine import Batcher, ItemError, ModelThread, Prepared, load_engine
 from eagleray.engine.decoder import DecodingSession, NetworkGenerator
 from eagleray.engine.decoder.families import build_network
 from eagleray.engine.options import DecodingOptions
 from eagleray.engine.plan import BatchLimits
+from eagleray.engine.work import Entering
 
 ROWS = sources(12)
 
@@ -89,14 +92,16 @@ def test_a_row_of_numbers_that_are_none_does_not_harm_those_that_take_its_place(
     assert [found[2 + number] for number in range(5)] == [row[1:] for row in expected]
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_stream_grows_to_the_answer(num_beams: int) -> None:
-    options = DecodingOptions(num_beams, max_new_tokens=10)
-    for row in ROWS[:4]:
-        partial = list(generator(BatchLimits(1, 4096)).stream(row, options))
-        assert partial[-1][1:] == alone(row, options)
-        if num_beams == 1:
-            assert partial == [partial[-1][: length + 2] for length in range(len(partial))]
+def test_a_row_in_a_hurry_begins_before_those_that_wait_and_as_soon_as_one_slot_is_free() -> None:
+    options, limits = DecodingOptions(max_new_tokens=6), BatchLimits(8, 4096)
+    decoding = DecodingSession(build_network(marian()), generator(limits).rules(options), limits, num_slots=8)
+    first = [decoding.add(row) for row in ROWS[:7]]
+    assert decoding.tokens_so_far(first[0]) is None
+    decoding.step()
+    patient, hurried = decoding.add(ROWS[7]), decoding.add(ROWS[8], at_once=True)
+    assert decoding.step() == []
+    assert decoding.tokens_so_far(patient) is None
+    assert decoding.tokens_so_far(hurried) == alone(ROWS[8], options)[:1]
 
 
 def test_an_engine_streams_text_that_ends_as_its_answer() -> None:
@@ -108,3 +113,72 @@ def test_an_engine_streams_text_that_ends_as_its_answer() -> None:
         assert last == answer and not isinstance(last, ItemError)
         assert partial and all(not isinstance(each, ItemError) for each in partial)
     assert [error.code for error in engine.stream({"source": 3})] == ["invalid_item"]  # type: ignore[union-attr]
+
+
+def test_items_enter_and_leave_an_engine_at_work_and_are_answered_as_alone() -> None:
+    engine = load_engine(tiny_checkpoint()[0], limits=BatchLimits(4, 4096))
+    long = " ".join(f"{row['source']}." for row in PAIRS * 4)
+    texts = [row["source"] for row in PAIRS] + [long]
+    options = {"max_new_tokens": 8}
+    prepared = [engine.prepare({"source": text}) for text in texts]
+    stepper, found = engine.stepper(options), {}
+    assert stepper is not None
+    for key, item in enumerate(prepared):
+        assert isinstance(item, Prepared)
+        stepper.add(Entering(key, item, at_once=key % 2 == 0))
+        if key == 1:
+            stepper.drop([0])
+        found.update((ended.key, ended.result) for ended in stepper.step())
+    while not stepper.is_idle:
+        found.update((ended.key, ended.result) for ended in stepper.step())
+    expected = engine.answer([{"source": text} for text in texts[1:]], options)
+    assert found == dict(enumerate(expected, start=1))
+
+
+def test_a_session_that_fails_answers_in_batches_and_only_the_item_at_fault_fails() -> None:
+    engine = load_engine(tiny_checkpoint()[0])
+    options = {"max_new_tokens": 8}
+    good, bad = engine.prepare({"source": "two hours"}), engine.prepare({"source": "three days"})
+    assert isinstance(good, Prepared) and isinstance(bad, Prepared)
+    bad = replace(bad, features=({"input_ids": [10**6]},))
+    stepper = engine.stepper(options)
+    assert stepper is not None
+    for key, item in enumerate([good, bad, good]):
+        stepper.add(Entering(key, item))
+    found = {ended.key: ended.result for ended in stepper.step()}
+    assert stepper.is_idle
+    (expected,) = engine.answer([{"source": "two hours"}], options)
+    assert found[0] == found[2] == expected
+    assert isinstance(found[1], ItemError) and found[1].code == "model_failed"
+    stepper.add(Entering(9, good))
+    while not stepper.is_idle:
+        found.update((ended.key, ended.result) for ended in stepper.step())
+    assert found[9] == expected
+
+
+def test_a_model_in_its_thread_takes_items_while_others_are_decoded() -> None:
+    engine = load_engine(tiny_checkpoint()[0], limits=BatchLimits(4, 4096))
+    options = {"max_new_tokens": 8}
+    texts = [row["source"] for row in PAIRS * 5]
+    expected = engine.answer([{"source": text} for text in texts], options)
+    partial: list[Any] = []
+
+    async def main() -> list[Any]:
+        thread = ModelThread()
+        batcher = Batcher[Prepared, Any](thread.start(engine), engine.limits)
+
+        async def ask(number: int, text: str) -> Any:
+            await asyncio.sleep(0.001 * number)
+            item = engine.prepare({"source": text})
+            assert isinstance(item, Prepared)
+            tell = partial.append if number == 0 else None
+            return await batcher.submit(item, num_tokens=item.num_tokens, options=options, on_partial=tell)
+
+        answers = await asyncio.gather(*(ask(number, text) for number, text in enumerate(texts)))
+        await batcher.close()
+        thread.close()
+        return answers
+
+    assert asyncio.run(main()) == expected
+    first: Any = expected[0]
+    assert partial and all(first["text"].startswith(answer["text"]) for answer in partial)

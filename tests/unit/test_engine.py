@@ -12,7 +12,16 @@ import torch
 from fake_checkpoint import FakeCheckpoint, tiny_checkpoint
 from tiny_models import PAIRS, ROWS, tiny_config, tiny_parts
 
-from eagleray.engine import Batcher, BatchLimits, Engine, ItemError, ModelThread, Prepared, load_engine
+from eagleray.engine import (
+    Batcher,
+    BatchLimits,
+    Engine,
+    ItemError,
+    ModelThread,
+    Prepared,
+    in_batches,
+    load_engine,
+)
 from eagleray.engine.plan import cut_batches
 from eagleray.errors import CheckpointDamagedError
 from eagleray.tasks import Answer, Batch, Encoded, Example, Processor
@@ -193,8 +202,8 @@ def test_the_model_runs_in_one_thread_and_the_event_loop_stays_free() -> None:
         return engine.run(items, options)
 
     async def main() -> list[Answer | ItemError]:
-        model = ModelThread(run)
-        batcher = Batcher(model, LIMITS)
+        model = ModelThread()
+        batcher = Batcher(in_batches(lambda items, options: model.call(run, items, options)), LIMITS)
         prepared = [engine.prepare({"source": f"text {i}"}) for i in range(3)]
         tasks = [
             asyncio.create_task(batcher.submit(item, num_tokens=item.num_tokens))
@@ -218,9 +227,10 @@ def test_a_model_that_calls_exit_does_not_end_the_event_loop() -> None:
         raise SystemExit(3)
 
     async def main() -> None:
-        model = ModelThread(run)
+        model = ModelThread()
+        batcher = Batcher(in_batches(lambda items, options: model.call(run, items, options)), LIMITS)
         with pytest.raises(RuntimeError, match="the model raised SystemExit"):
-            await Batcher(model, LIMITS).submit(1, num_tokens=1)
+            await batcher.submit(1, num_tokens=1)
         model.close()
 
     asyncio.run(main())

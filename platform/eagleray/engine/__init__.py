@@ -1,7 +1,9 @@
 """Inference: a checkpoint that answers; knows neither Serve nor HTTP."""
 
 from eagleray.engine.batcher import Batcher, BatchLimits, Lane
-from eagleray.engine.engine import Engine, ItemError, ModelSummary, Prepared, load_engine
+from eagleray.engine.engine import Engine, ModelSummary, load_engine
+from eagleray.engine.items import ItemError, Prepared
+from eagleray.engine.work import in_batches
 from eagleray.engine.worker import ModelThread
 
 __all__ = [
@@ -13,5 +15,6 @@ __all__ = [
     "ModelSummary",
     "ModelThread",
     "Prepared",
+    "in_batches",
     "load_engine",
 ]

@@ -1,24 +1,30 @@
 """Batching of items that arrive one by one. Plain asyncio: knows no model, no Ray and no HTTP.
 
-While a batch runs, items gather; when it ends, the next batch is chosen among all that wait. So the batches grow
-with the load, and an item that meets an idle model waits for nobody.
+While the model is busy, items gather; when it has room again, the next ones are chosen among all that wait. So
+the batches grow with the load, and an item that meets an idle model waits for nobody. A model that decodes step by
+step takes items in while others are in work (continuous batching: Yu et al. 2022, OSDI 22).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from eagleray.engine.plan import BatchLimits, choose_batch
+from eagleray.engine.work import Ended, Entering, Start, Work
 from eagleray.errors import ModelStoppedError, RequestTimeoutError
 
 __all__ = ["BatchLimits", "Batcher", "Lane"]
 
 logger = logging.getLogger(__name__)
+
+RESERVED_SHARE = 8
+"""Of so many slots of a model that takes more, one is left free by bulk items, for interactive ones."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,51 +38,68 @@ class Lane(IntEnum):
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting(Generic[T, R]):
-    """An item in the queue."""
+class _Request(Generic[T, R]):
+    """An item in the queue or in work."""
 
+    key: int
     item: T
     num_tokens: int
     options: Mapping[str, Any]
     lane: Lane
+    on_partial: Callable[[Any], None] | None
     future: asyncio.Future[R] = field(repr=False)
+
+    def entering(self) -> Entering[T]:
+        return Entering(self.key, self.item, self.lane is Lane.INTERACTIVE, self.on_partial)
 
 
 class Batcher(Generic[T, R]):
     """Gathers items while the model is busy and answers each for itself.
 
     Args:
-        run: Answers a batch under its options, one result per item, in order; only one call is made at a time.
-        limits: What a batch may hold.
-        bulk_share: Of so many batches in a row, one is led by the oldest bulk item, if there is one.
+        start: Puts the model to work under some options; one work is advanced at a time.
+        limits: What may be in work at once.
+        bulk_share: Of so many choices in a row, one is led by the oldest bulk item, if there is one.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Sequence[T], Mapping[str, Any]], Awaitable[Sequence[R]]],
-        limits: BatchLimits,
-        *,
-        bulk_share: int = 4,
-    ) -> None:
-        self._run = run
+    def __init__(self, start: Start[T, R], limits: BatchLimits, *, bulk_share: int = 4) -> None:
+        self._start = start
         self._limits = limits
         self._bulk_share = bulk_share
-        self._batches_since_bulk = 0
-        self._waiting: dict[_Waiting[T, R], None] = {}  # in the order of arrival
+        self._choices_since_bulk = 0
+        self._num_keys = 0
+        # In the order of arrival.
+        self._waiting: dict[Lane, dict[_Request[T, R], None]] = {lane: {} for lane in Lane}
+        self._running: dict[int, _Request[T, R]] = {}
         self._num_queued_tokens = 0
+        self._num_running_tokens = 0
         self._arrived = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._closed = False
+        self._work: tuple[Mapping[str, Any], Work[T, R]] | None = None
+        self._advancing_since_s: float | None = None
 
     @property
     def num_queued_items(self) -> int:
-        """Items that wait and are not yet running."""
-        return len(self._waiting)
+        """Items that wait and are not yet in work."""
+        return sum(map(len, self._waiting.values()))
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens that wait and are not yet running: what admission compares with its budget."""
+        """Tokens that wait and are not yet in work: what admission compares with its budget."""
         return self._num_queued_tokens
+
+    @property
+    def num_running_tokens(self) -> int:
+        """Tokens in work."""
+        return self._num_running_tokens
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the model last let go of the loop; 0 while it is idle. What a health check looks at."""
+        if self._advancing_since_s is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._advancing_since_s
 
     async def submit(
         self,
@@ -86,15 +109,17 @@ class Batcher(Generic[T, R]):
         options: Mapping[str, Any] | None = None,
         lane: Lane = Lane.INTERACTIVE,
         timeout_s: float | None = None,
+        on_partial: Callable[[Any], None] | None = None,
     ) -> R:
-        """Wait for the result of an item. Cancelling the call drops the item if it is not yet running.
+        """Wait for the result of an item. Cancelling the call drops the item, also while it is in work.
 
         Args:
             item: What the model is asked.
             num_tokens: Its length.
-            options: Only items of equal options share a batch.
+            options: Only items of equal options are in work together.
             lane: Interactive items go first.
             timeout_s: Seconds after which the caller gives up; None: never.
+            on_partial: Told the result as far as it is known, in the model's thread, where the model can tell.
 
         Raises:
             RequestTimeoutError: The time was over.
@@ -104,105 +129,161 @@ class Batcher(Generic[T, R]):
         if self._closed:
             raise ModelStoppedError("the model is being stopped", "send the request to another replica")
         loop = asyncio.get_running_loop()
-        waiting = _Waiting[T, R](item, num_tokens, dict(options or {}), lane, loop.create_future())
-        self._waiting[waiting] = None
+        self._num_keys += 1
+        request = _Request[T, R](
+            self._num_keys, item, num_tokens, dict(options or {}), lane, on_partial, loop.create_future()
+        )
+        self._waiting[lane][request] = None
         self._num_queued_tokens += num_tokens
         self._arrived.set()
+        self._hurry()
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = loop.create_task(self._serve(), name="eagleray-batcher")
         try:
             async with asyncio.timeout(timeout_s):
-                return await waiting.future
+                return await request.future
         except TimeoutError:
-            if not waiting.future.cancelled():  # the model itself raised a TimeoutError
+            if not request.future.cancelled():  # the model itself raised a TimeoutError
                 raise
             raise RequestTimeoutError(
                 f"no answer within {timeout_s:g} s", "send fewer items, or try again"
             ) from None
         finally:
-            self._remove(waiting)
+            self._forget(request)
+            if request.key in self._running:
+                self._hurry()  # nobody waits for it any more
 
     async def close(self) -> None:
-        """Answer what runs, refuse what waits, and end."""
+        """Answer what is in work, refuse what waits, and end."""
         self._closed = True
-        for waiting in list(self._waiting):
-            self._remove(waiting)
-            _fail(waiting, ModelStoppedError("the model was stopped before it answered"))
+        for request in [request for lane in self._waiting.values() for request in lane]:
+            self._forget(request)
+            _fail(request, ModelStoppedError("the model was stopped before it answered"))
         self._arrived.set()
         if self._loop_task is not None:
             await self._loop_task
 
     async def _serve(self) -> None:
-        """Run one batch after the other until the batcher is closed."""
+        """Keep the model at work until the batcher is closed."""
         while not self._closed:
             await self._arrived.wait()
             self._arrived.clear()
-            while batch := self._take():
-                await self._answer(batch)
+            while not self._closed and (leader := self._lead()):
+                await self._work_through(leader)
 
-    def _take(self) -> list[_Waiting[T, R]]:
-        """Take the next batch out of the queue: schedule."""
-        for waiting in [waiting for waiting in self._waiting if waiting.future.done()]:
-            self._remove(waiting)
-        if not self._waiting:
-            return []
-        leader = self._lead()
-        mates = [w for w in self._waiting if w is not leader and w.options == leader.options]
-        candidates = [leader, *mates]
-        chosen = choose_batch(
-            [waiting.num_tokens for waiting in candidates],
-            [abs(waiting.lane - leader.lane) for waiting in candidates],
-            self._limits,
-        )
-        batch = [candidates[index] for index in chosen]
-        for waiting in batch:
-            self._remove(waiting)
-        return batch
-
-    def _remove(self, waiting: _Waiting[T, R]) -> None:
-        if waiting in self._waiting:
-            del self._waiting[waiting]
-            self._num_queued_tokens -= waiting.num_tokens
-
-    def _lead(self) -> _Waiting[T, R]:
-        """Return the oldest interactive item, or the oldest bulk item when its turn has come."""
-        oldest = {waiting.lane: waiting for waiting in reversed(self._waiting)}  # the last one written wins
-        bulk, interactive = oldest.get(Lane.BULK), oldest.get(Lane.INTERACTIVE)
-        due = interactive is None or self._batches_since_bulk + 1 >= self._bulk_share
-        if bulk is not None and due:
-            self._batches_since_bulk = 0
-            return bulk
-        assert interactive is not None, "a lane is empty only if the other one is not"
-        self._batches_since_bulk += bulk is not None
-        return interactive
-
-    async def _answer(self, batch: Sequence[_Waiting[T, R]]) -> None:
-        """Run a batch; when it fails, its halves, so that only the item at fault fails."""
+    async def _work_through(self, leader: _Request[T, R]) -> None:
+        """Put an item to work, and those that may join it, until none is left: schedule, run, settle."""
+        options = leader.options
         try:
-            results = await self._run([waiting.item for waiting in batch], batch[0].options)
-            if len(results) != len(batch):
-                raise RuntimeError(f"the model gave {len(results)} results for {len(batch)} items")
-        except (Exception, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                for waiting in batch:
-                    _fail(waiting, ModelStoppedError("the model was stopped before it answered"))
+            work = self._work_under(options)
+            while (entering := self._choose(options)) or self._running:
+                leaving = self._let_in(entering)
+                self._advancing_since_s = asyncio.get_running_loop().time()
+                for ended in await work.advance([request.entering() for request in entering], leaving):
+                    self._settle(ended)
+        except BaseException as error:
+            # Ours, or the end of the event loop: whoever waits must hear of it, and the loop must go on.
+            self._work = None
+            stopped = ModelStoppedError("the model was stopped before it answered")
+            for request in [*self._running.values()] or [leader]:
+                self._forget(request)
+                _fail(request, error if isinstance(error, Exception) else stopped)
+            self._running.clear()
+            if not isinstance(error, Exception):
                 raise
-            # A cancellation that comes out of the model is its failure like any other.
-            if len(batch) == 1:
-                failure = error if isinstance(error, Exception) else RuntimeError("the model was cancelled")
-                _fail(batch[0], failure)
-                return
-            logger.warning("a batch of %d items failed (%s); its halves are tried", len(batch), error)
-            half = len(batch) // 2
-            await self._answer(batch[:half])
-            await self._answer(batch[half:])
+            logger.exception("the model failed on everything that was in work")
+        finally:
+            self._advancing_since_s = None
+            self._num_running_tokens = 0
+
+    def _work_under(self, options: Mapping[str, Any]) -> Work[T, R]:
+        if self._work is None or self._work[0] != options:
+            self._work = (options, self._start(options))
+        return self._work[1]
+
+    def _let_in(self, entering: Sequence[_Request[T, R]]) -> list[int]:
+        """Count items as in work; return the keys of those in work that nobody waits for."""
+        leaving = [key for key, request in self._running.items() if request.future.done()]
+        for key in leaving:
+            self._num_running_tokens -= self._running.pop(key).num_tokens
+        for request in entering:
+            self._running[request.key] = request
+            self._num_running_tokens += request.num_tokens
+        return leaving
+
+    def _settle(self, ended: Ended[R]) -> None:
+        request = self._running.pop(ended.key)
+        self._num_running_tokens -= request.num_tokens
+        if request.future.done():
+            return
+        if ended.error is not None:
+            request.future.set_exception(ended.error)
         else:
-            for waiting, result in zip(batch, results, strict=True):
-                if not waiting.future.done():
-                    waiting.future.set_result(result)
+            request.future.set_result(ended.result)  # type: ignore[arg-type]
+
+    def _choose(self, options: Mapping[str, Any]) -> list[_Request[T, R]]:
+        """Take those out of the queue that begin now: none while the one that is to lead has other options."""
+        leader = self._lead()
+        if leader is None or leader.options != options or self._closed:
+            return []
+        limits, present = self._limits_of(leader.lane), [each.num_tokens for each in self._running.values()]
+        if not choose_batch([leader.num_tokens], [0], limits, present=present):
+            return []  # full: the others need not be looked at
+        candidates = [leader, *self._mates(leader)]
+        chosen = choose_batch(
+            [request.num_tokens for request in candidates],
+            [abs(request.lane - leader.lane) for request in candidates],
+            limits,
+            present=present,
+        )
+        entering = [candidates[index] for index in chosen]
+        for request in entering:
+            self._forget(request)
+        if entering:
+            self._count_choice(leader.lane)
+        return entering
+
+    def _mates(self, leader: _Request[T, R]) -> Iterator[_Request[T, R]]:
+        """Yield those that may share a batch with an item, in the order of their arrival."""
+        for request in chain.from_iterable(self._waiting.values()):
+            if request is not leader and request.options == leader.options and not request.future.done():
+                yield request
+
+    def _limits_of(self, lane: Lane) -> BatchLimits:
+        """Return what may be in work at once when an item of this lane leads."""
+        is_full_soon = lane is Lane.BULK and self._work is not None and self._work[1].takes_more
+        return self._limits.less(self._limits.max_items // RESERVED_SHARE) if is_full_soon else self._limits
+
+    def _lead(self) -> _Request[T, R] | None:
+        """Return the oldest interactive item, or the oldest bulk item when its turn has come."""
+        bulk, interactive = self._oldest(Lane.BULK), self._oldest(Lane.INTERACTIVE)
+        due = interactive is None or self._choices_since_bulk + 1 >= self._bulk_share
+        return bulk if bulk is not None and due else interactive
+
+    def _oldest(self, lane: Lane) -> _Request[T, R] | None:
+        """Return the first of a lane for which somebody still waits."""
+        while oldest := next(iter(self._waiting[lane]), None):
+            if not oldest.future.done():
+                break
+            self._forget(oldest)
+        return oldest
+
+    def _count_choice(self, lane: Lane) -> None:
+        if lane is Lane.BULK:
+            self._choices_since_bulk = 0
+        elif self._waiting[Lane.BULK]:
+            self._choices_since_bulk += 1
+
+    def _forget(self, request: _Request[T, R]) -> None:
+        if request in self._waiting[request.lane]:
+            del self._waiting[request.lane][request]
+            self._num_queued_tokens -= request.num_tokens
+
+    def _hurry(self) -> None:
+        if self._advancing_since_s is not None and self._work is not None:
+            self._work[1].hurry()
 
 
-def _fail(waiting: _Waiting[Any, Any], error: Exception) -> None:
-    if not waiting.future.done():
-        waiting.future.set_exception(error)
+def _fail(request: _Request[Any, Any], error: Exception) -> None:
+    if not request.future.done():
+        request.future.set_exception(error)

@@ -6,13 +6,13 @@ Needs the extra `eagleray[ctranslate2]`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
+from eagleray.engine.decoder import DecodingSession, NetworkGenerator, UnknownModelError
 from eagleray.engine.decoder.families import plain
 from eagleray.engine.decoder.rules import DecodingRules
 from eagleray.engine.options import DecodingOptions
@@ -61,9 +61,16 @@ class CTranslate2Generator:
         )
         return [[rules.start_token_id, *map(int, result.hypotheses[0])] for result in results]
 
-    def stream(self, source: Sequence[int], options: DecodingOptions) -> Iterator[list[int]]:
-        """Yield what has been generated so far, by the other generator."""
-        return self._otherwise.stream(source, options)
+    is_stepwise = False
+
+    @property
+    def start_token_id(self) -> int:
+        """What stands in front of every answer."""
+        return self._otherwise.start_token_id
+
+    def session(self, options: DecodingOptions) -> DecodingSession:
+        """Return a session of the other generator: CTranslate2 gives nothing before the end."""
+        return self._otherwise.session(options)
 
 
 def is_known(model: nn.Module) -> bool:

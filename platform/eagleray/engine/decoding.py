@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from eagleray.engine.ctranslate import CTranslate2Generator, is_known
-from eagleray.engine.decoder import NetworkGenerator, UnknownModelError
+from eagleray.engine.decoder import DecodingSession, NetworkGenerator, UnknownModelError
 from eagleray.engine.decoder.linear import Precision
 from eagleray.engine.options import DecodingOptions
 from eagleray.engine.plan import BatchLimits
 from eagleray.errors import ConfigError
 
-__all__ = ["DecodingOptions", "GeneratingModel", "TokenGenerator", "generate", "load_generator", "stream"]
+__all__ = ["DecodingOptions", "GeneratingModel", "TokenGenerator", "generate", "load_generator"]
 
 Backend = Literal["auto", "torch", "ctranslate2"]
 
@@ -31,8 +31,16 @@ class TokenGenerator(Protocol):
         """Return what is generated for each source, the start token in front, without padding behind."""
         ...
 
-    def stream(self, source: Sequence[int], options: DecodingOptions) -> Iterator[list[int]]:
-        """Yield what has been generated so far for one source, at last all of it."""
+    is_stepwise: bool
+    """Whether it is as fast where rows enter and leave one by one."""
+
+    @property
+    def start_token_id(self) -> int:
+        """What stands in front of every answer."""
+        ...
+
+    def session(self, options: DecodingOptions) -> DecodingSession:
+        """Return a session that rows enter and leave while others are decoded."""
         ...
 
 
@@ -119,25 +127,6 @@ def generate(
     if sources is not None and generator is not None:
         return generator.generate(sources, options)
     return _generate_by_transformers(model, input_ids_BS, attention_mask_BS, options)
-
-
-@torch.no_grad()
-def stream(
-    model: nn.Module, input_ids_1S: Tensor, attention_mask_1S: Tensor, options: DecodingOptions
-) -> Iterator[list[int]]:
-    """Yield the tokens of one row generated so far, at last all of them; transformers gives all at once.
-
-    Args:
-        model: A Hugging Face encoder-decoder model in evaluation mode, or a `GeneratingModel`.
-        input_ids_1S: Source tokens.
-        attention_mask_1S: 1 where they are not padding.
-        options: How to decode.
-    """
-    sources, generator = _unpad(input_ids_1S, attention_mask_1S), _find_generator(model, 1)
-    if sources is not None and generator is not None:
-        yield from generator.stream(sources[0], options)
-    else:
-        yield _generate_by_transformers(model, input_ids_1S, attention_mask_1S, options)[0]
 
 
 def _find_generator(model: nn.Module, num_rows: int) -> TokenGenerator | None:

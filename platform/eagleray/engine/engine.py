@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from eagleray.config.schema import ServeConfig
+from eagleray.engine.continuous import Decodes, ItemSession
 from eagleray.engine.decoder.linear import Precision
 from eagleray.engine.decoding import Backend, GeneratingModel, load_generator
+from eagleray.engine.items import ItemError, Prepared
 from eagleray.engine.plan import BatchLimits, cut_batches
 from eagleray.engine.precision import lower_precision
+from eagleray.engine.work import Entering
 from eagleray.errors import ConfigError, DataError
 from eagleray.models import load_weights, restore_model, whole_weights
 from eagleray.models.base import OpenedCheckpoint
@@ -26,44 +29,6 @@ logger = logging.getLogger(__name__)
 _SHOWN_CHARACTERS = 300
 _BATCHES_PER_CALL = 16
 _MAX_PADDING_SHARE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class ItemError:
-    """An item that could not be answered; the others of its batch were.
-
-    Attributes:
-        code: `invalid_item`: it cannot be used; `too_long`: it is longer than the model's limit and cannot be
-            split; `model_failed`: the model raised on it.
-        message: What happened, with the value and the limit.
-        hint: What to do about it.
-    """
-
-    code: Literal["invalid_item", "too_long", "model_failed"]
-    message: str
-    hint: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An item as the model takes it: in one part, or in several where a long text was split.
-
-    Attributes:
-        example: The item.
-        parts: What the model is asked, each an item of its own.
-        features: Encoded parts.
-        lengths: Tokens of each part.
-    """
-
-    example: Example
-    parts: tuple[Example, ...]
-    features: tuple[Features, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all parts: what admission counts."""
-        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +103,7 @@ class Engine:
         self.limits = limits
         # Where rows enter while others leave, one call may get more than one batch, and pads nothing.
         cuts_itself = cuts_itself and isinstance(self._answering, GeneratingModel)
+        self._decodes_itself = cuts_itself and isinstance(task, Decodes)
         self._call_limits = limits.times(_BATCHES_PER_CALL) if cuts_itself else limits
         self._max_padding_share = 1.0 if cuts_itself else _MAX_PADDING_SHARE
         self.summary = _summarise(task, processor, ref)
@@ -187,6 +153,18 @@ class Engine:
         remaining = iter(answers)
         return [self._join(item, [next(remaining) for _ in item.parts]) for item in items]
 
+    def stepper(self, options: Mapping[str, Any] | None = None) -> ItemSession | None:
+        """Return what decodes items step by step, so that they enter and leave while others are in work.
+
+        Args:
+            options: What a request may set; the task knows its keys.
+
+        Returns:
+            None where whole batches are answered: classes, other engines, tasks that generate by themselves.
+        """
+        generator = self._answering.generator if isinstance(self._answering, GeneratingModel) else None
+        return None if generator is None or not generator.is_stepwise else self._open(options or {})
+
     def stream(self, item: Example, options: Mapping[str, Any] | None = None) -> Iterator[Answer | ItemError]:
         """Yield the answer to an item as far as it is known, at last all of it, or its error.
 
@@ -198,17 +176,35 @@ class Engine:
         if isinstance(prepared, ItemError):
             yield prepared
             return
-        answers: list[Answer | ItemError] = []
-        try:
-            for features in prepared.features:
-                batch = move(self.task.collate([features], self.processor), self.device)
-                answers.append({})
-                for partial in self.task.stream(self._answering, batch, self.processor, options or {}):
-                    answers[-1] = partial
-                    yield self._join(prepared, answers)
-        except Exception as error:
-            logger.exception("%s failed on an item", self.summary.ref)
-            yield ItemError("model_failed", f"the model failed on this item: {_shown(error)}")
+        session = self._open(options or {})
+        if session is None:
+            yield from self.run([prepared], options)
+            return
+        partial: list[Answer | ItemError] = []
+        session.add(Entering(0, prepared, on_partial=partial.append))
+        shown: Answer | ItemError | None = None
+        while not session.is_idle:
+            ended = session.step()
+            for answer in [*partial, *(each.result for each in ended)]:
+                if answer is not None and answer != shown:
+                    shown = answer
+                    yield answer
+            partial.clear()
+
+    def _open(self, options: Mapping[str, Any]) -> ItemSession | None:
+        if not self._decodes_itself:
+            return None
+        assert isinstance(self._answering, GeneratingModel) and isinstance(self.task, Decodes)
+        generator = self._answering.generator
+        decoding = self.task.decoding(self.processor, options)
+        return ItemSession(
+            lambda: generator.session(decoding),
+            self.task,
+            self.processor,
+            generator.start_token_id,
+            self._join,
+            lambda items: self.run(items, options),
+        )
 
     def _run_rows(self, rows: Sequence[Features], options: Mapping[str, Any]) -> list[Answer | ItemError]:
         """Answer one micro-batch; when it fails, its halves, so that only the item at fault fails."""

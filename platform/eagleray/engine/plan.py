@@ -25,6 +25,10 @@ class BatchLimits:
         """Whether a batch of so many items, padded to the longest, is within the limits."""
         return num_items <= self.max_items and num_items * longest <= self.max_tokens
 
+    def less(self, num_items: int) -> BatchLimits:
+        """Return the limits with so many items fewer, but one at least."""
+        return BatchLimits(max(1, self.max_items - num_items), self.max_tokens)
+
     def times(self, count: int) -> BatchLimits:
         """Return the limits of so many batches together."""
         return BatchLimits(self.max_items * count, self.max_tokens * count)
@@ -59,26 +63,33 @@ def cut_batches(lengths: Sequence[int], limits: BatchLimits, *, max_padding_shar
     return batches
 
 
-def choose_batch(lengths: Sequence[int], groups: Sequence[int], limits: BatchLimits) -> list[int]:
+def choose_batch(
+    lengths: Sequence[int], groups: Sequence[int], limits: BatchLimits, *, present: Sequence[int] = ()
+) -> list[int]:
     """Choose the items of the next batch among those that wait.
 
-    The first item is always taken, so that none waits for ever. Then come the items of the lowest group, those
-    nearest to it in length first, so that little is padded; then those of the next group.
+    The first item is taken before all others, and always where nothing is in work, so that none waits for ever.
+    Then come the items of the lowest group, those nearest to it in length first, so that little is padded; then
+    those of the next group.
 
     Args:
         lengths: Tokens of each waiting item, in the order of their arrival; the first one leads.
         groups: Rank of each item; lower ones come first.
         limits: What a batch may hold.
+        present: Tokens of each item that is in work already and whose batch the chosen ones join.
 
     Returns:
-        Indices, in no particular order but with 0 in front.
+        Indices, in no particular order but with 0 in front; none where the first item does not fit.
     """
-    chosen, longest = [0], lengths[0]
+    longest, num_present = max([lengths[0], *present]), len(present)
+    if present and not limits.fits(num_present + 1, longest):
+        return []
+    chosen = [0]
     candidates = range(1, len(lengths))
     for index in sorted(candidates, key=lambda i: (groups[i], abs(lengths[i] - lengths[0]), i)):
-        if len(chosen) >= limits.max_items:
+        if num_present + len(chosen) >= limits.max_items:
             break
-        if limits.fits(len(chosen) + 1, max(longest, lengths[index])):
+        if limits.fits(num_present + len(chosen) + 1, max(longest, lengths[index])):
             chosen.append(index)
             longest = max(longest, lengths[index])
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -129,12 +129,6 @@ class Task(ABC):
         self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
     ) -> list[Answer]:
         """Answer each item of a batch, in order. `options` holds what a request may set (`num_beams`, ...)."""
-
-    def stream(
-        self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
-    ) -> Iterator[Answer]:
-        """Yield the answer to a batch of one item as far as it is known, at last all of it; by default at once."""
-        yield from self.predict(model, batch, processor, options)
 
     @abstractmethod
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from eagleray.config.schema import RunConfig
-from eagleray.engine.decoding import DecodingOptions, generate, stream
+from eagleray.engine.decoding import DecodingOptions, generate
 from eagleray.errors import ConfigError
 from eagleray.hub import locate_pretrained, read_model_config
 from eagleray.tasks import rows
@@ -175,25 +175,23 @@ class TranslationTask(Task):
     ) -> list[Answer]:
         """Translate a batch; `options`: `num_beams`, `max_new_tokens`."""
         assert isinstance(processor, TranslationProcessor)
-        generated = generate(
-            model, batch["input_ids"], batch["attention_mask"], self._decoding(processor, options)
-        )
+        generated = generate(model, batch["input_ids"], batch["attention_mask"], self.decoding(processor, options))
         texts = processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [{"text": text} for text in texts]
 
-    def stream(
-        self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
-    ) -> Iterator[Answer]:
-        """Translate a batch of one item; whole characters only, a text each time there are more of them."""
+    def source_tokens(self, features: Features) -> Sequence[int]:
+        """Return the tokens that the model reads."""
+        return features["input_ids"]  # type: ignore[no-any-return]
+
+    def decoded(self, tokens: Sequence[int], processor: Processor) -> Answer:
+        """Return the text that generated tokens stand for."""
         assert isinstance(processor, TranslationProcessor)
-        decoding, shown = self._decoding(processor, options), None
-        for tokens in stream(model, batch["input_ids"], batch["attention_mask"], decoding):
-            text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            if text != shown and not text.endswith(UNFINISHED):
-                yield {"text": text}
-                shown = text
-        if text != shown:
-            yield {"text": text}
+        return {"text": processor.tokenizer.decode(tokens, skip_special_tokens=True)}
+
+    def partly_decoded(self, tokens: Sequence[int], processor: Processor) -> Answer | None:
+        """Return the text of an answer's first tokens; None while its last character lacks bytes."""
+        answer = self.decoded(tokens, processor)
+        return answer if answer["text"] and not answer["text"].endswith(UNFINISHED) else None
 
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
         """Return exact match, BLEU and chrF, and each of them per kind."""
@@ -220,7 +218,9 @@ class TranslationTask(Task):
         texts = [str(answer["text"]) for answer in answers]
         return {"text": join_pieces(str(example["source"]), [str(part["source"]) for part in parts], texts)}
 
-    def _decoding(self, processor: TranslationProcessor, options: Mapping[str, Any]) -> DecodingOptions:
+    def decoding(self, processor: Processor, options: Mapping[str, Any]) -> DecodingOptions:
+        """Return how a request's options have it decoded."""
+        assert isinstance(processor, TranslationProcessor)
         serve = self.config.serve
         longest = serve.max_new_tokens or self.max_target_length
         tokenizer, settings = processor.tokenizer, processor.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,9 @@ class NetworkGenerator:
         settings: `GenerationConfig.to_dict()`; everything in it is followed.
         limits: Rows at once.
     """
+
+    is_stepwise = True
+    """Whether rows may enter and leave while others are decoded."""
 
     def __init__(self, network: Decoder, settings: Mapping[str, Any], limits: BatchLimits) -> None:
         self._network, self._settings, self._limits = network, settings, limits
@@ -66,21 +69,14 @@ class NetworkGenerator:
                 rows[order[decoded.ticket]] = [rules.start_token_id, *decoded.tokens]
         return rows
 
-    def stream(self, source: Sequence[int], options: DecodingOptions) -> Iterator[list[int]]:
-        """Yield what has been generated so far, after every token; with beams only once, at the end.
+    @property
+    def start_token_id(self) -> int:
+        """What stands in front of every answer."""
+        return self.rules(DecodingOptions()).start_token_id
 
-        Args:
-            source: Tokens of a row.
-            options: How to decode.
-        """
-        rules = self.rules(options)
-        session = DecodingSession(self._network, rules, self._limits)
-        ticket = session.add(source)
-        while not session.is_idle:
-            ended = session.step()
-            if rules.num_beams == 1 and not ended:
-                yield [rules.start_token_id, *session.tokens(ticket)]
-        yield [rules.start_token_id, *ended[0].tokens]
+    def session(self, options: DecodingOptions) -> DecodingSession:
+        """Return a session that rows enter and leave, as many at once as the limits allow."""
+        return DecodingSession(self._network, self.rules(options), self._limits, self._limits.max_items)
 
     def rules(self, options: DecodingOptions) -> DecodingRules:
         """Return how tokens are chosen under some options."""
