@@ -2,7 +2,7 @@
 
 ::
 
-    families, marian, t5     a model's weights -> network
+    families, marian, t5     a model's weights -> network; cut: those of a rank
     network                  encoder pass, one decoder step
     packing, cache           sources without padding; keys and values of the rows that run
     rules, greedy, beam      a generation config -> rules -> the next tokens

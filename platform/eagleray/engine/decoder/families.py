@@ -1,7 +1,7 @@
 """From Hugging Face modules to a network: one adapter per family.
 
-A model is taken only where every part of it is the class whose arithmetic is known here; whatever was replaced,
-hooked or cut into shards makes `UnknownModelError`, and transformers decodes it.
+A model is taken only where every part of it is the class whose arithmetic is known here; whatever was replaced or
+hooked makes `UnknownModelError`, and transformers decodes it. `cut` takes a part of a model that was cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from eagleray.engine.decoder.linear import Linear, Precision, activation_dtype, make_linear
-from eagleray.engine.decoder.network import FeedForward, Network, Norm
+from eagleray.engine.decoder.network import FeedForward, Lookup, Network, Norm
 
 
 class UnknownModelError(Exception):
@@ -33,12 +33,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def build_network(model: nn.Module, precision: Precision = "float32") -> Network:
+def build_network(
+    model: nn.Module, precision: Precision = "float32", make_parts: Callable[[Precision], Parts] | None = None
+) -> Network:
     """Take over a model's weights; they are shared where layout and precision are kept.
 
     Args:
-        model: A model of transformers in evaluation mode.
+        model: A model of transformers in evaluation mode, or a part of one.
         precision: Of the matrix products.
+        make_parts: Takes over single modules; default: whole ones.
 
     Raises:
         UnknownModelError: The model is of no known family, or a part of it was changed.
@@ -52,21 +55,7 @@ def build_network(model: nn.Module, precision: Precision = "float32") -> Network
     name = _class_of(model).__name__
     if name not in builders:
         raise UnknownModelError(f"{name} is decoded by transformers")
-    return builders[name](model, Parts(precision))
-
-
-def known(module: nn.Module, name: str) -> Any:
-    """Return a module of transformers whose forward pass is the class' own.
-
-    Raises:
-        UnknownModelError: It is something else.
-    """
-    cls = _class_of(module)
-    if cls.__name__ != name or not cls.__module__.startswith("transformers."):
-        raise UnknownModelError(f"{cls.__module__}.{cls.__name__} stands where a {name} is expected")
-    if "forward" in module.__dict__:
-        raise UnknownModelError(f"the forward pass of a {name} was replaced")
-    return module
+    return builders[name](model, (make_parts or Parts)(precision))
 
 
 class Parts:
@@ -76,9 +65,50 @@ class Parts:
         precision: Of the matrix products.
     """
 
+    degree = 1
+    """Ranks that each layer is cut over."""
+
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
         self.dtype = activation_dtype(precision)
+
+    def known(self, module: nn.Module, name: str) -> Any:
+        """Return a module of transformers whose forward pass is the class' own.
+
+        Raises:
+            UnknownModelError: It is something else.
+        """
+        cls = _class_of(module)
+        if cls.__name__ != name or not cls.__module__.startswith("transformers."):
+            raise UnknownModelError(f"{cls.__module__}.{cls.__name__} stands where a {name} is expected")
+        if "forward" in module.__dict__:
+            raise UnknownModelError(f"the forward pass of a {name} was replaced")
+        return module
+
+    def check(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """Refuse a module of torch that is something else, or whose forward pass was replaced.
+
+        Raises:
+            UnknownModelError: It is.
+        """
+        if _class_of(module) is not cls or "forward" in module.__dict__:
+            raise UnknownModelError(f"a {type(module).__name__} stands where a {cls.__name__} is expected")
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Return a parameter's values.
+
+        Raises:
+            UnknownModelError: Only a part of it is here.
+        """
+        return plain(tensor)
+
+    def layers(self, stack: nn.Module) -> list[Any]:
+        """Return the layers of a list that are here."""
+        return list(stack.children())
+
+    def is_here(self, module: nn.Module) -> bool:
+        """Whether a module outside of the layers is here."""
+        return True
 
     def linear(self, *modules: nn.Module) -> Linear:
         """Return one product for several projections of the same input.
@@ -87,24 +117,28 @@ class Parts:
             UnknownModelError: One of them is not a plain `nn.Linear`.
         """
         for module in modules:
-            _check(module, nn.Linear)
+            self.check(module, nn.Linear)
         parts: Any = modules
-        weights = [plain(part.weight) for part in parts]
+        if not parts:
+            return lambda x: x[..., :0]
+        weights = [self.values(part.weight) for part in parts]
         if all(part.bias is None for part in parts):
-            return self.product(_join(weights), None)
-        zeros = weights[0].new_zeros
-        biases = [zeros(part.out_features) if part.bias is None else plain(part.bias) for part in parts]
-        return self.product(_join(weights), _join(biases))
+            return self.product(join(weights), None)
+        biases = [
+            weight.new_zeros(len(weight)) if part.bias is None else self.values(part.bias)
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+        return self.product(join(weights), join(biases))
 
-    def matrix(self, module: nn.Module) -> Tensor:
-        """Return the matrix of a projection, outputs by inputs.
+    def scores(self, module: nn.Module, bias_V: Tensor | None) -> Linear:
+        """Return the product with the vocabulary's matrix.
 
         Raises:
             UnknownModelError: It is not a plain `nn.Linear`: an adapter, which adds to what the matrix gives.
         """
-        _check(module, nn.Linear)
+        self.check(module, nn.Linear)
         part: Any = module
-        return plain(part.weight)
+        return self.product(self.values(part.weight), None if bias_V is None else self.values(bias_V))
 
     def product(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """Return the product with a matrix."""
@@ -116,7 +150,7 @@ class Parts:
         Raises:
             UnknownModelError: It is something else.
         """
-        _check(module, nn.LayerNorm)
+        self.check(module, nn.LayerNorm)
         part: Any = module
         shape, eps = part.normalized_shape, part.eps
         weight, bias = (None if each is None else self.floats(each) for each in (part.weight, part.bias))
@@ -128,9 +162,18 @@ class Parts:
         Raises:
             UnknownModelError: It is something else.
         """
-        _check(module, nn.Embedding)
+        self.check(module, nn.Embedding)
         part: Any = module
         return self.floats(part.weight)
+
+    def lookup(self, module: nn.Module) -> Lookup:
+        """Return what looks up rows of an embedding.
+
+        Raises:
+            UnknownModelError: It is something else.
+        """
+        weight_VE = self.embedding(module)
+        return lambda tokens_N: weight_VE.index_select(0, tokens_N)
 
     def feed_forward(
         self, up: nn.Module, down: nn.Module, activation: str, gate: nn.Module | None = None
@@ -147,7 +190,7 @@ class Parts:
 
     def floats(self, tensor: Tensor) -> Tensor:
         """Return a parameter's values in the type of the activations."""
-        return plain(tensor).to(self.dtype)
+        return self.values(tensor).to(self.dtype)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -161,14 +204,9 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def join(tensors: Sequence[Tensor]) -> Tensor:
     """Stack matrices or vectors on top of each other; one alone is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _check(module: nn.Module, cls: type[nn.Module]) -> None:
-    if _class_of(module) is not cls or "forward" in module.__dict__:
-        raise UnknownModelError(f"a {type(module).__name__} stands where a {cls.__name__} is expected")
 
 
 def _class_of(module: nn.Module) -> type:

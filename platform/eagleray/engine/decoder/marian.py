@@ -7,26 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagleray.engine.decoder.families import Parts, known, plain
-from eagleray.engine.decoder.network import DecoderLayer, EncoderLayer, Network, Shape
+from eagleray.engine.decoder.families import Parts
+from eagleray.engine.decoder.network import DecoderLayer, EncoderLayer, Lookup, Network, Shape
 
 
 class AddedPositions:
     """A table of positions that is added to the embeddings.
 
     Args:
-        tokens_VE: Embeddings of tokens.
+        look_up: Embeddings of tokens.
         places_PE: Embeddings of places.
         scale: Factor of the tokens' embeddings.
     """
 
-    def __init__(self, tokens_VE: Tensor, places_PE: Tensor, scale: float) -> None:
-        self._tokens_VE, self._places_PE, self._scale = tokens_VE, places_PE, scale
+    def __init__(self, look_up: Lookup, places_PE: Tensor, scale: float) -> None:
+        self._look_up, self._places_PE, self._scale = look_up, places_PE, scale
 
     def embed(self, tokens_N: Tensor, ages: Tensor | int) -> Tensor:
         """Return the embeddings of tokens at places, shape (N, E)."""
         places = self._places_PE[ages]
-        return torch.add(places, self._tokens_VE.index_select(0, tokens_N), alpha=self._scale)
+        return torch.add(places, self._look_up(tokens_N), alpha=self._scale)
 
     def bias(self, num_queries: int, num_keys: int) -> None:
         """Return nothing: scores know of no places."""
@@ -38,38 +38,44 @@ def build(model: Any, parts: Parts) -> Network:
     Raises:
         UnknownModelError: A part of it is not what its class makes.
     """
-    encoder, decoder = known(model.model.encoder, "MarianEncoder"), known(model.model.decoder, "MarianDecoder")
-    known(model.model, "MarianModel")
-    config, device = model.config, model.final_logits_bias.device
-    head_dim = config.d_model // config.decoder_attention_heads
-    encoder_head_dim = config.d_model // config.encoder_attention_heads
-    attentions = [known(layer.encoder_attn, "MarianAttention") for layer in decoder.layers]
+    parts.known(model.model, "MarianModel")
+    encoder = parts.known(model.model.encoder, "MarianEncoder")
+    decoder = parts.known(model.model.decoder, "MarianDecoder")
+    config, layers = model.config, parts.layers(decoder.layers)
+    activation = config.activation_function
+    num_heads, num_encoder_heads = config.decoder_attention_heads, config.encoder_attention_heads
+    head_dim = config.d_model // num_heads
+    attentions = [parts.known(layer.encoder_attn, "MarianAttention") for layer in layers]
+    has_scores = parts.is_here(model.lm_head)
     return Network(
-        shape=Shape(len(decoder.layers), config.decoder_attention_heads, head_dim, config.encoder_attention_heads),
+        shape=Shape(len(layers), num_heads // parts.degree, head_dim, num_encoder_heads // parts.degree),
+        width=config.d_model,
         pre_norm=False,
-        encoder_scale=encoder_head_dim**-0.5,
+        encoder_scale=(config.d_model // num_encoder_heads) ** -0.5,
         decoder_scale=head_dim**-0.5,
         encoder_positions=_positions(encoder, parts),
-        encoder=[_encoder_layer(layer, config.activation_function, parts) for layer in encoder.layers],
+        encoder=[_encoder_layer(layer, activation, parts) for layer in parts.layers(encoder.layers)],
         encoder_end=None,
         cross_keys_values=parts.linear(*(part for each in attentions for part in (each.k_proj, each.v_proj))),
         decoder_positions=_positions(decoder, parts),
-        decoder=[_decoder_layer(layer, config.activation_function, parts) for layer in decoder.layers],
+        decoder=[_decoder_layer(layer, activation, parts) for layer in layers],
         decoder_end=None,
-        scores=parts.product(parts.matrix(model.lm_head), plain(model.final_logits_bias)[0]),
+        scores=parts.scores(model.lm_head, model.final_logits_bias[0]) if has_scores else None,
         dtype=parts.dtype,
-        device=device,
+        device=next(model.parameters()).device,
     )
 
 
-def _positions(stack: Any, parts: Parts) -> AddedPositions:
-    places = known(stack.embed_positions, "MarianSinusoidalPositionalEmbedding")
-    return AddedPositions(parts.embedding(stack.embed_tokens), parts.floats(places.weight), stack.embed_scale)
+def _positions(stack: Any, parts: Parts) -> AddedPositions | None:
+    if not parts.is_here(stack.embed_tokens) or not parts.is_here(stack.embed_positions):
+        return None
+    places = parts.known(stack.embed_positions, "MarianSinusoidalPositionalEmbedding")
+    return AddedPositions(parts.lookup(stack.embed_tokens), parts.floats(places.weight), stack.embed_scale)
 
 
 def _encoder_layer(layer: Any, activation: str, parts: Parts) -> EncoderLayer:
-    known(layer, "MarianEncoderLayer")
-    own = known(layer.self_attn, "MarianAttention")
+    parts.known(layer, "MarianEncoderLayer")
+    own = parts.known(layer.self_attn, "MarianAttention")
     return EncoderLayer(
         qkv=parts.linear(own.q_proj, own.k_proj, own.v_proj),
         out=parts.linear(own.out_proj),
@@ -80,8 +86,8 @@ def _encoder_layer(layer: Any, activation: str, parts: Parts) -> EncoderLayer:
 
 
 def _decoder_layer(layer: Any, activation: str, parts: Parts) -> DecoderLayer:
-    known(layer, "MarianDecoderLayer")
-    own, cross = known(layer.self_attn, "MarianAttention"), layer.encoder_attn
+    parts.known(layer, "MarianDecoderLayer")
+    own, cross = parts.known(layer.self_attn, "MarianAttention"), layer.encoder_attn
     return DecoderLayer(
         qkv=parts.linear(own.q_proj, own.k_proj, own.v_proj),
         out=parts.linear(own.out_proj),

@@ -23,6 +23,9 @@ from eagleray.engine.decoder.packing import Packing
 
 Norm = Callable[[Tensor], Tensor]
 
+Lookup = Callable[[Tensor], Tensor]
+"""From tokens, shape (N,), to their embeddings, shape (N, E)."""
+
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
@@ -130,35 +133,40 @@ class Decoder(Protocol):
 class Network:
     """Weights and how they are put together.
 
+    A stage of a pipeline has some of the layers, and what stands before and behind them where it is the first or
+    the last one of the encoder or the decoder.
+
     Attributes:
         shape: Sizes.
+        width: Of the residual stream.
         pre_norm: Whether a sub-layer's input is normalised, or what it and the residual make.
         encoder_scale: Factor of the products of queries and keys.
         decoder_scale: The same of the decoder.
-        encoder_positions: Embeddings of source tokens.
+        encoder_positions: Embeddings of source tokens; None: another stage has them.
         encoder: Layers.
         encoder_end: After the last layer.
         cross_keys_values: Keys and values of all layers' cross-attention from the encoder's result.
-        decoder_positions: Embeddings of target tokens.
+        decoder_positions: Embeddings of target tokens; None: another stage has them.
         decoder: Layers.
         decoder_end: After the last layer.
-        scores: From the decoder's result to the vocabulary.
+        scores: From the decoder's result to the vocabulary; None: another stage has it.
         dtype: Of the activations.
         device: Where the weights are.
     """
 
     shape: Shape
+    width: int
     pre_norm: bool
     encoder_scale: float
     decoder_scale: float
-    encoder_positions: Positions
+    encoder_positions: Positions | None
     encoder: Sequence[EncoderLayer]
     encoder_end: Norm | None
     cross_keys_values: Linear
-    decoder_positions: Positions
+    decoder_positions: Positions | None
     decoder: Sequence[DecoderLayer]
     decoder_end: Norm | None
-    scores: Linear
+    scores: Linear | None
     dtype: torch.dtype
     device: torch.device
 
@@ -170,26 +178,8 @@ class Network:
 
     def admit(self, sources: Sequence[Sequence[int]], cache: KeyValueCache) -> None:
         """Encode rows and let them into a cache, behind the last one."""
-        packing, shape = Packing(sources, self.device), self.shape
-        cross = packing.pad(self.encode(packing))
-        cross = cross.view(packing.num_rows, packing.longest, shape.num_layers, 2, shape.num_heads, shape.head_dim)
-        cache.join(cross.permute(2, 3, 0, 4, 1, 5), packing.lengths)
-
-    def encode(self, packing: Packing) -> Tensor:
-        """Return keys and values of the cross-attention of each source token, shape (N, layers * 2 * E)."""
-        x = self.encoder_positions.embed(packing.tokens_N, packing.places_N)
-        bias = self.encoder_positions.bias(packing.longest, packing.longest)
-        mask = packing.mask(bias, x.dtype)
-        for layer in self.encoder:
-            if self.pre_norm:
-                x = x + self._attend_source(layer.attention_norm(x), layer, packing, mask)
-                x = x + layer.feed_forward(layer.feed_forward_norm(x))
-            else:
-                x = layer.attention_norm(x + self._attend_source(x, layer, packing, mask))
-                x = layer.feed_forward_norm(x + layer.feed_forward(x))
-        if self.encoder_end is not None:
-            x = self.encoder_end(x)
-        return self.cross_keys_values(x)
+        packing = Packing(sources, self.device)
+        self.join(self.close_source(self.run_encoder(self.embed_source(packing), packing)), packing, cache)
 
     def step(self, tokens_N: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the scores of the tokens that follow the last one of each hypothesis, shape (N, V).
@@ -199,8 +189,45 @@ class Network:
             cache: Of these rows; it takes their keys and values.
         """
         cache.begin_column()
-        x = self.decoder_positions.embed(tokens_N, cache.ages())
-        mask = self._self_mask(cache)
+        return self.score(self.run_decoder(self.embed_target(tokens_N, cache), cache))
+
+    def embed_source(self, packing: Packing) -> Tensor:
+        """Return what the first layer of the encoder gets, shape (N, E)."""
+        assert self.encoder_positions is not None, "another stage embeds the sources"
+        return self.encoder_positions.embed(packing.tokens_N, packing.places_N)
+
+    def run_encoder(self, x_NE: Tensor, packing: Packing) -> Tensor:
+        """Run the layers of the encoder."""
+        bias = None if self.encoder_positions is None else self.encoder_positions.bias(*(2 * [packing.longest]))
+        x, mask = x_NE, packing.mask(bias, x_NE.dtype)
+        for layer in self.encoder:
+            if self.pre_norm:
+                x = x + self._attend_source(layer.attention_norm(x), layer, packing, mask)
+                x = x + layer.feed_forward(layer.feed_forward_norm(x))
+            else:
+                x = layer.attention_norm(x + self._attend_source(x, layer, packing, mask))
+                x = layer.feed_forward_norm(x + layer.feed_forward(x))
+        return x
+
+    def close_source(self, x_NE: Tensor) -> Tensor:
+        """Return what the decoder reads of the encoder's last layer."""
+        return x_NE if self.encoder_end is None else self.encoder_end(x_NE)
+
+    def join(self, memory_NE: Tensor, packing: Packing, cache: KeyValueCache) -> None:
+        """Let encoded rows into a cache: the keys and values of the cross-attention of each source token."""
+        shape = self.shape
+        cross = packing.pad(self.cross_keys_values(memory_NE))
+        cross = cross.view(packing.num_rows, packing.longest, shape.num_layers, 2, shape.num_heads, shape.head_dim)
+        cache.join(cross.permute(2, 3, 0, 4, 1, 5), packing.lengths)
+
+    def embed_target(self, tokens_N: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return what the first layer of the decoder gets, shape (N, E)."""
+        assert self.decoder_positions is not None, "another stage embeds the tokens"
+        return self.decoder_positions.embed(tokens_N, cache.ages())
+
+    def run_decoder(self, x_NE: Tensor, cache: KeyValueCache) -> Tensor:
+        """Run the layers of the decoder on the present tokens."""
+        x, mask = x_NE, self._self_mask(cache)
         for number, layer in enumerate(self.decoder):
             if self.pre_norm:
                 x = x + layer.out(self._attend_self(layer.qkv(layer.attention_norm(x)), cache, number, mask))
@@ -210,9 +237,12 @@ class Network:
                 x = layer.attention_norm(x + layer.out(self._attend_self(layer.qkv(x), cache, number, mask)))
                 x = layer.cross_norm(x + layer.cross_out(self._attend_cross(layer.cross_query(x), cache, number)))
                 x = layer.feed_forward_norm(x + layer.feed_forward(x))
-        if self.decoder_end is not None:
-            x = self.decoder_end(x)
-        return self.scores(x)
+        return x
+
+    def score(self, x_NE: Tensor) -> Tensor:
+        """Return the scores of all tokens, shape (N, V)."""
+        assert self.scores is not None, "another stage scores the tokens"
+        return self.scores(x_NE if self.decoder_end is None else self.decoder_end(x_NE))
 
     def _attend_source(self, x_NE: Tensor, layer: EncoderLayer, packing: Packing, mask: Tensor | None) -> Tensor:
         padded = packing.pad(layer.qkv(x_NE))
@@ -222,7 +252,8 @@ class Network:
         return layer.out(packing.unpad(found.transpose(1, 2).reshape(packing.num_rows * packing.longest, -1)))
 
     def _self_mask(self, cache: KeyValueCache) -> Tensor | None:
-        bias = self.decoder_positions.bias(1, cache.num_window_columns)
+        positions = self.decoder_positions
+        bias = None if positions is None else positions.bias(1, cache.num_window_columns)
         mask = cache.self_mask()
         if bias is None:
             return mask
