@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +12,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of all memory that tensors keep alive, once each; `meta` has none."""
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts if not part.is_meta}
-    return sum(storage.nbytes() for storage in storages.values())
+from eagleray.parallel.footprint import storage_bytes as storage_bytes
 
 
 class PeakTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -198,6 +198,24 @@ class TensorParallel:
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
+def divided_parameters(model: nn.Module, plan: ParallelPlan, degree: int) -> dict[nn.Parameter, int]:
+    """Return the parameters that a tensor-parallel degree would cut, each with the dim; nothing is changed."""
+    found: dict[nn.Parameter, int] = {}
+    for name, module in model.named_modules() if degree > 1 else ():
+        style = plan.style(name)
+        if style is None or style not in _CUT_DIM or isinstance(module, Absent | LowRank):
+            continue
+        if style in ("vocab", "vocab_head") and next(module.parameters()).shape[0] % degree:
+            continue
+        by_columns = isinstance(module, nn.Embedding) and style == "colwise"
+        dim, parts = 1 if by_columns else _CUT_DIM[style], [module]
+        if isinstance(module, LoraLinear):
+            parts.append(module.lora_A if style == "rowwise" else module.lora_B)
+        own = [parameter for part in parts for parameter in part.parameters(recurse=False)]
+        found |= {parameter: dim for parameter in own if parameter.ndim > dim}
+    return found
+
+
 class _Length:
     """Length of a sequence that is cut at the moment: parts do not know it, and it need not be divisible.
 
