@@ -14,10 +14,12 @@ class Asking:
     Attributes:
         request_id: The same in every process, log and retry that a request touches.
         lane: Interactive items go first.
+        key: Name of the key that asks.
     """
 
     request_id: str
     lane: Literal["interactive", "bulk"] = "interactive"
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,12 @@ class Answers:
     Attributes:
         version: The version that answered all of it.
         items: Answers in the order of the items.
+        num_tokens: Tokens of the input, which a key is charged for.
     """
 
     version: str
     items: Sequence[Answered]
+    num_tokens: int = 0
 
 
 class Answerer(Protocol):

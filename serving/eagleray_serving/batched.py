@@ -64,11 +64,12 @@ class BatchedEngine:
         # Every item has a token at least; how many more is known once it is prepared.
         self._admit(len(items) + self._num_preparing)
         prepared = await self._prepare(items)
-        self._admit(sum(item.num_tokens for item in prepared if isinstance(item, Prepared)))
+        num_tokens = sum(item.num_tokens for item in prepared if isinstance(item, Prepared))
+        self._admit(num_tokens)
         options = {**self._defaults, **options}
         lane = LANES[asking.lane]
         answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
-        return Answers(self._engine.summary.version, answers)
+        return Answers(self._engine.summary.version, answers, num_tokens)
 
     def _admit(self, num_tokens: int) -> None:
         waiting = self._batcher.num_queued_tokens

@@ -35,6 +35,11 @@ class ModelCard:
         return f"{self.name}@{self.version}"
 
     @property
+    def scope(self) -> str:
+        """What a key must be allowed to do."""
+        return f"{self.verb}/{self.name}"
+
+    @property
     def path(self) -> str:
         """The route that always means this model."""
         return f"/v1/{self.verb}/{self.name}"

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from eagleray_serving.answering import Asking
 from eagleray_serving.autoscaling import deployment_options
 from eagleray_serving.edge import READY, Edge
+from eagleray_serving.gate import Gate
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.schema import WireError
@@ -106,6 +107,7 @@ class EdgeReplica:
             ServeFleet(plans),
             max_body_bytes=max(each.max_body_bytes for each in limits),
             body_timeout_s=max(each.request_timeout_s for each in limits),
+            gate=Gate(max_header_bytes=max(each.max_header_bytes for each in limits), returns_ids=False),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -13,8 +13,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from eagleray_serving.answering import Asking
 from eagleray_serving.catalog import ModelCard, choose, find
 from eagleray_serving.documents import PAGES, docs_page, operation
+from eagleray_serving.gate import Gate
+from eagleray_serving.guarded import GuardedFleet
+from eagleray_serving.reception import framing
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
-from eagleray_serving.web import framing, read_body, request_id
+from eagleray_serving.web import read_body, request_id
 
 READY = "ready"
 
@@ -41,13 +44,21 @@ class Edge:
         fleet: How to reach them.
         max_body_bytes: Largest body of a bare route: the largest that any model takes.
         body_timeout_s: Seconds in which a body must arrive.
+        gate: What stands before the routes; asks nobody for a key by default.
     """
 
     def __init__(
-        self, cards: Sequence[ModelCard], fleet: Fleet, *, max_body_bytes: int, body_timeout_s: float
+        self,
+        cards: Sequence[ModelCard],
+        fleet: Fleet,
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
+        gate: Gate | None = None,
     ) -> None:
         self._cards = tuple(cards)
-        self._fleet = fleet
+        self._gate = gate or Gate()
+        self._fleet = GuardedFleet(fleet, cards, self._gate)
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
@@ -59,7 +70,7 @@ class Edge:
             redirect_slashes=False,
             docs_url=None,
             redoc_url=None,
-            **framing(),
+            **framing(self._gate),
         )
         pages = (self._health, self._readiness, self._models, self._page, self._index)
         for (path, summary), page in zip(PAGES.items(), pages, strict=True):

@@ -10,15 +10,17 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from eagleray.config.schema import ServeConfig
 from eagleray.errors import ServingError, UsageError
 from eagleray_serving import haproxy_launcher
 from eagleray_serving.autoscaling import METRICS_INTERVAL_S
-from eagleray_serving.schema import error_body
+from eagleray_serving.haproxy_launcher import ERROR_STATUSES, REFUSED_STATUSES, Settings
+from eagleray_serving.schema import error_body, headers_too_large, url_too_long
 
 DEFAULT_PORT = 8000
 LOOPBACK = "127.0.0.1"
@@ -133,13 +135,32 @@ def _free_port(host: str, port: int) -> Iterator[int]:
         yield int(probe.getsockname()[1])
 
 
-def environment(front: Front, folder: Path, request_timeout_s: float) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What the front holds requests to: the largest limits of any of its models.
+
+    Attributes:
+        timeout_s: The longest time that any model takes for a request.
+        max_header_bytes: Largest request line and headers.
+    """
+
+    timeout_s: float
+    max_header_bytes: int
+
+    @classmethod
+    def of(cls, serves: Iterable[ServeConfig]) -> RequestLimits:
+        """Return the limits of a server from its models' `serve` sections."""
+        every = list(serves)
+        return cls(max(serve.request_timeout_s for serve in every), max(serve.max_header_bytes for serve in every))
+
+
+def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, str]:
     """Return the environment that Ray must start with, and write the files that it names.
 
     Args:
         front: The front.
         folder: The server's own folder; short, because sockets lie in it.
-        request_timeout_s: The longest time that any model takes for a request.
+        limits: What the front holds requests to.
     """
     assert len(str(folder)) <= MAX_FOLDER_CHARACTERS, f"{folder} is too long for sockets in it"
     variables = _autoscaling_environment() | {
@@ -154,10 +175,11 @@ def environment(front: Front, folder: Path, request_timeout_s: float) -> dict[st
         return variables
     ports, sockets = front.ports, folder / "h"
     sockets.mkdir(mode=0o700, exist_ok=True)
-    timeout_s = round(request_timeout_s) + SERVER_GRACE_S
+    timeout_s = round(limits.timeout_s) + SERVER_GRACE_S
+    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes)
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(install_launcher(front.binary, sockets, timeout_s)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(install_launcher(settings)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
@@ -176,13 +198,17 @@ def environment(front: Front, folder: Path, request_timeout_s: float) -> dict[st
     }
 
 
-def install_launcher(binary: Path, folder: Path, request_timeout_s: int) -> Path:
-    """Write the executable that Serve runs as HAProxy, and HAProxy's own answers in our shape."""
-    for status in haproxy_launcher.ERROR_STATUSES:
+def install_launcher(settings: Settings) -> Path:
+    """Write the executable that Serve runs as HAProxy, its settings, and HAProxy's own answers in our shape."""
+    folder = Path(settings.errors_dir)
+    for status in ERROR_STATUSES:
         (folder / f"{status}.http").write_bytes(error_answer(status))
+    for status in REFUSED_STATUSES:
+        (folder / f"{status}.json").write_bytes(refusal(status, settings.max_header_bytes))
+    written = folder / "settings.json"
+    written.write_text(json.dumps(settings._asdict()))
     launcher = folder / "haproxy"
-    script = str(Path(haproxy_launcher.__file__))
-    words = [sys.executable, "-I", "-S", script, str(binary), str(folder), str(request_timeout_s)]
+    words = [sys.executable, "-I", "-S", str(Path(haproxy_launcher.__file__)), str(written)]
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     launcher.chmod(0o700)
     return launcher
@@ -193,6 +219,7 @@ def error_answer(status: int) -> bytes:
     reason, code, message, hint = {
         400: ("400 Bad Request", "bad_request", "this is not HTTP that the server understands", None),
         408: ("408 Request Timeout", "request_timeout", "the request did not arrive in time", "send it again"),
+        500: ("503 Service Unavailable", "unavailable", "the front is out of memory", "try again"),
         502: ("503 Service Unavailable", "unavailable", "the replica ended without an answer", "try again"),
         503: ("503 Service Unavailable", "unavailable", "no replica of the model is available", "try again"),
         504: ("503 Service Unavailable", "timeout", "the replica did not answer in time", "try again"),
@@ -202,6 +229,17 @@ def error_answer(status: int) -> bytes:
     if status >= 500:
         headers.append("retry-after: 1")
     return "\r\n".join([*headers, "connection: close", "", ""]).encode() + body
+
+
+def refusal(status: int, max_header_bytes: int) -> bytes:
+    """Return the body of the front's answer to what one of its rules refuses."""
+    body = {
+        404: error_body("not_found", "there is no such path", "GET /docs lists the routes"),
+        405: error_body("method_not_allowed", "this method is not possible here", "GET /docs lists the routes"),
+        414: url_too_long(max_header_bytes).body(),
+        431: headers_too_large(max_header_bytes).body(),
+    }[status]
+    return json.dumps(body).encode()
 
 
 def joined_environment() -> dict[str, str]:

@@ -9,39 +9,87 @@ only: it runs with `python -I -S`, on the way of every reload.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 PR_SET_PDEATHSIG = 1
-# A client that may name its request freely can crash Serve (invalid UTF-8 is a 500 there), and one that may set
-# Serve's own headers can switch off its limits.
-FRONTEND_RULES = (
-    "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
-    "http-request del-header x-request-timeout-seconds",
-    "http-request del-header x-request-disconnect-disabled",
-    "http-request del-header serve_multiplexed_model_id",
-    "http-request del-header serve-multiplexed-model-id",
-)
-ERROR_STATUSES = (400, 408, 502, 503, 504)
+REQUEST_ID = "[A-Za-z0-9._:/+=-]{1,128}"
+# HAProxy's own errors, and what the rules below refuse.
+ERROR_STATUSES = (400, 408, 500, 502, 503, 504)
+REFUSED_STATUSES = (404, 405, 414, 431)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Lines; HAProxy's own limit of 101 would be a 400 in its own words, where ours of bytes is a 431.
+MAX_HEADERS = 32_767
 
 
 class UnknownConfigError(Exception):
     """Ray writes another file than the one that these edits were made for."""
 
 
-def rewrite(config: str, errors_dir: str, request_timeout_s: int) -> str:
+class Settings(NamedTuple):
+    """What Serve has no key for; written beside the stub as JSON.
+
+    Attributes:
+        binary: HAProxy.
+        errors_dir: Folder of the answers `<status>.http` and of the bodies `<status>.json`.
+        request_timeout_s: Seconds in which a request must arrive.
+        max_header_bytes: Largest request line and headers.
+    """
+
+    binary: str
+    errors_dir: str
+    request_timeout_s: int
+    max_header_bytes: int
+
+
+def frontend_rules(settings: Settings) -> list[str]:
+    """Return what is done with a request before it is routed."""
+    refusals = {
+        404: "path -i /-/routes",
+        414: f"url_len gt {settings.max_header_bytes}",
+        431: f"req.hdrs,length gt {settings.max_header_bytes}",
+    }
+    return [
+        # A client that may name its request freely can crash Serve (invalid UTF-8 is a 500 there), and one that
+        # may set Serve's own headers can switch off its limits.
+        f"http-request del-header x-request-id unless {{ req.hdr(x-request-id) -m reg ^{REQUEST_ID}$ }}",
+        "http-request del-header x-request-timeout-seconds",
+        "http-request del-header x-request-disconnect-disabled",
+        "http-request del-header serve_multiplexed_model_id",
+        "http-request del-header serve-multiplexed-model-id",
+        # The id is made here, so that a request that is sent again keeps it, and an error of HAProxy's own has it.
+        "http-request set-header x-request-id %[uuid] unless { req.hdr(x-request-id) -m found }",
+        "http-request set-var(txn.eagleray_id) req.hdr(x-request-id)",
+        "http-after-response set-header x-request-id %[var(txn.eagleray_id)]",
+        "http-after-response set-header x-request-id %[uuid] unless { var(txn.eagleray_id) -m found }",
+        # What the server behind knows no answer to in our shape: other protocols and methods.
+        "http-request del-header upgrade",
+        f"http-request return status 405 content-type application/json file {settings.errors_dir}/405.json"
+        f' hdr allow "{", ".join(METHODS)}" unless {{ method {" ".join(METHODS)} }}',
+        "http-request set-header x-forwarded-for %[src]",
+        *(
+            f"http-request return status {status} content-type application/json"
+            f" file {settings.errors_dir}/{status}.json if {{ {condition} }}"
+            for status, condition in refusals.items()
+        ),
+    ]
+
+
+def rewrite(config: str, settings: Settings) -> str:
     """Edit a configuration that Serve wrote.
 
     - Statistics and metrics listen on loopback only.
     - A request is sent on once it is here as a whole, so that it can be sent again when a replica dies.
-    - A body that does not arrive in time, and every error of HAProxy's own, has our error shape.
+    - Every answer names its request; what is too large or too late, and every error that HAProxy has a file for,
+      has our error shape.
 
     Args:
         config: What Serve wrote.
-        errors_dir: Folder of the answers `<status>.http`.
-        request_timeout_s: Seconds in which a request must arrive.
+        settings: What it did not.
 
     Raises:
         UnknownConfigError: A line that is to be edited is not there exactly as expected.
@@ -52,13 +100,14 @@ def rewrite(config: str, errors_dir: str, request_timeout_s: int) -> str:
     _replace(lines, "bind :", "bind 127.0.0.1:")
     _replace(lines, "bind *:", "bind 127.0.0.1:", after="listen stats")
     lines = [line for line in lines if not line.strip().startswith("errorfile ")]
-    errors = [f"errorfile {status} {errors_dir}/{status}.http" for status in ERROR_STATUSES]
+    errors = [f"errorfile {status} {settings.errors_dir}/{status}.http" for status in ERROR_STATUSES]
     _insert(
         lines,
         "option abortonclose",
-        ["option http-buffer-request", f"timeout http-request {request_timeout_s}s", *errors],
+        ["option http-buffer-request", f"timeout http-request {settings.request_timeout_s}s", *errors],
     )
-    _insert(lines, "bind ", list(FRONTEND_RULES), after="frontend http_frontend")
+    _insert(lines, "bind ", frontend_rules(settings), after="frontend http_frontend")
+    _insert(lines, "maxconn ", [f"tune.http.maxhdr {MAX_HEADERS}"], after="global")
     return "\n".join(lines) + "\n"
 
 
@@ -90,11 +139,12 @@ def die_with_parent() -> None:
 
 def main(arguments: list[str]) -> None:
     """Edit the file after `-f` and become HAProxy."""
-    binary, errors_dir, request_timeout_s, *rest = arguments
+    settings_path, *rest = arguments
     die_with_parent()
+    settings = Settings(**json.loads(Path(settings_path).read_text()))
     path = Path(rest[rest.index("-f") + 1])
-    path.write_text(rewrite(path.read_text(), errors_dir, int(request_timeout_s)))
-    os.execv(binary, [binary, *rest])
+    path.write_text(rewrite(path.read_text(), settings))
+    os.execv(settings.binary, [settings.binary, *rest])
 
 
 if __name__ == "__main__":

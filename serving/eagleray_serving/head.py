@@ -14,15 +14,13 @@ from eagleray.errors import EaglerayError, ServingError
 from eagleray.local_ray import start_local_ray
 from eagleray.resources import count_cpus
 from eagleray.telemetry import RayLog
-from eagleray_serving.front import Front, environment
+from eagleray_serving.front import Front, RequestLimits, environment
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 
 @contextmanager
-def own_head(
-    front: Front, folder: Path, request_timeout_s: float, log_path: Path, verbose: bool
-) -> Iterator[None]:
+def own_head(front: Front, folder: Path, limits: RequestLimits, log_path: Path, verbose: bool) -> Iterator[None]:
     """Start Ray for one server.
 
     The environment of this process is changed for good: Ray reads its settings when it is first imported, and its
@@ -31,7 +29,7 @@ def own_head(
     Args:
         front: The front that Serve will start.
         folder: The server's own folder.
-        request_timeout_s: The longest time that any model takes for a request.
+        limits: What the front holds requests to.
         log_path: Where Ray's log lines of this process go; kept when something fails.
         verbose: Leave them on the terminal instead.
 
@@ -41,7 +39,7 @@ def own_head(
     assert "ray" not in sys.modules, "Ray is imported already: it would not see these settings"
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
         os.environ.pop(name, None)
-    os.environ.update(environment(front, folder, request_timeout_s))
+    os.environ.update(environment(front, folder, limits))
     os.environ.update(_own_environment(folder))
     log = None if verbose else RayLog(log_path)
     try:

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from eagleray_serving.answering import Asking
 from eagleray_serving.batched import BatchedEngine
+from eagleray_serving.gate import Gate
 from eagleray_serving.loading import load
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan
@@ -25,7 +26,8 @@ class ModelReplica:
         keep_on_loopback()
         first = BatchedEngine(load(plan, plan.card.ref), plan.serve)
         self._versions = Versions(first, plan.serve.request_timeout_s)
-        self._service = ModelService(plan.card, plan.columns, self._versions, plan.serve)
+        gate = Gate(max_header_bytes=plan.serve.max_header_bytes, returns_ids=False)
+        self._service = ModelService(plan.card, plan.columns, self._versions, plan.serve, gate)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application that answers this replica's HTTP requests."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -36,6 +36,7 @@ class WireError(Exception):
         hint: What to do about it.
         retry_after_s: Seconds after which to try again (429 and 503).
         allow: Methods that the path has (405).
+        challenge: How to authenticate (401).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class WireError(Exception):
         *,
         retry_after_s: float | None = None,
         allow: tuple[str, ...] = (),
+        challenge: str | None = None,
     ) -> None:
         super().__init__(status, code, message, hint)
         self.status = status
@@ -55,9 +57,10 @@ class WireError(Exception):
         self.hint = hint
         self.retry_after_s = retry_after_s
         self.allow = allow
+        self.challenge = challenge
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild_error, (*self.args, self.retry_after_s, self.allow))
+        return (_rebuild_error, (*self.args, self.retry_after_s, self.allow, self.challenge))
 
     def headers(self) -> dict[str, str]:
         """Return the headers that belong to this error."""
@@ -66,6 +69,8 @@ class WireError(Exception):
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.allow:
             headers["allow"] = ", ".join(self.allow)
+        if self.challenge is not None:
+            headers["www-authenticate"] = self.challenge
         return headers
 
     def body(self) -> dict[str, Any]:
@@ -80,13 +85,26 @@ def _rebuild_error(
     hint: str | None,
     retry_after_s: float | None,
     allow: tuple[str, ...],
+    challenge: str | None,
 ) -> WireError:
-    return WireError(status, code, message, hint, retry_after_s=retry_after_s, allow=allow)
+    return WireError(status, code, message, hint, retry_after_s=retry_after_s, allow=allow, challenge=challenge)
 
 
 def error_body(code: str, message: str, hint: str | None = None) -> dict[str, Any]:
     """Return an error in the one shape that every error has."""
     return {"error": {"code": code, "message": message, "hint": hint}}
+
+
+def headers_too_large(max_header_bytes: int) -> WireError:
+    """Return the answer to headers over the limit; the front gives it as well as the applications."""
+    message = f"the request line and the headers are larger than {max_header_bytes} bytes"
+    return WireError(431, "headers_too_large", message, "send fewer headers, or raise serve.max_header_bytes")
+
+
+def url_too_long(max_header_bytes: int) -> WireError:
+    """Return the answer to a path and query over the limit."""
+    message = f"the URL is longer than {max_header_bytes} bytes"
+    return WireError(414, "url_too_long", message, "send what is asked in the body")
 
 
 class Wire(BaseModel):
@@ -240,11 +258,9 @@ def parse_request(verb: Verb, body: bytes, limits: ServeConfig) -> Request:
     if isinstance(request, ClassifyRequest) and (request.text is None) == (request.images is None):
         found = "neither" if request.text is None else "both"
         raise WireError(422, "invalid_request", f"set exactly one of text and images; found {found}")
-    if isinstance(request, PredictRequest) and any(
-        not math.isfinite(number) for number in _floats(request.inputs)
-    ):
-        raise WireError(422, "invalid_request", "inputs: a number is too large for a 64-bit float")
     _check_size(request, limits)
+    if isinstance(request, PredictRequest):
+        _check_inputs(request.inputs, limits.max_depth)
     return request
 
 
@@ -330,17 +346,27 @@ def _check_size(request: Request, limits: ServeConfig) -> None:
             )
 
 
-def _floats(value: Any) -> Iterator[float]:
-    # Iterative, though the parser bounds the depth: a generator per level would be quadratic.
-    pending = [value]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, float):
-            yield current
-        elif isinstance(current, list):
-            pending.extend(current)
-        elif isinstance(current, dict):
-            pending.extend(current.values())
+def _check_inputs(inputs: list[Any], max_depth: int) -> None:
+    # Iterative and level by level, though the parser bounds the depth: a generator per level would be quadratic.
+    level: list[Any] = inputs
+    for _ in range(max_depth + 1):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return
+    raise WireError(
+        413,
+        "too_deep",
+        f"inputs: more than {max_depth} lists and objects lie inside one another",
+        "send flatter inputs, or raise serve.max_depth",
+    )
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise WireError(422, "invalid_request", "inputs: a number is too large for a 64-bit float")
+    if isinstance(value, list):
+        return value
+    return value.values() if isinstance(value, dict) else ()
 
 
 def _json_type(value: Any) -> str:

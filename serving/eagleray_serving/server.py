@@ -17,7 +17,7 @@ from eagleray.config.loader import LoadedFile
 from eagleray.errors import ConfigError, EaglerayError, ServingError
 from eagleray.resources import ResourceRequest
 from eagleray_serving.autoscaling import initial_replicas
-from eagleray_serving.front import Front, choose_front, joined_environment
+from eagleray_serving.front import Front, RequestLimits, choose_front, joined_environment
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
 from eagleray_serving.watchdog import watched
@@ -189,9 +189,9 @@ def serve_here(
         stack.enter_context(watched(folder))
         stop.install()
         with _recorded_failure(home, record, stack):
-            timeout_s = max(plan.serve.request_timeout_s for plan in plans)
+            limits = RequestLimits.of(plan.serve for plan in plans)
             stack.enter_context(
-                own_head(front, folder, timeout_s, home.log_path(f"{options.id}-ray"), options.verbose)
+                own_head(front, folder, limits, home.log_path(f"{options.id}-ray"), options.verbose)
             )
             stop.install()
             _deploy(plans, front, options.ready_timeout_s)

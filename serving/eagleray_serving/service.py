@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from starlette.routing import Route
 from eagleray.config.schema import ServeConfig
 from eagleray_serving.answering import Answered, Answerer, Answers, Asking, ItemFailure
 from eagleray_serving.catalog import ModelCard, find
+from eagleray_serving.gate import Gate, signed
+from eagleray_serving.reception import framing
 from eagleray_serving.schema import (
     ANSWER_KEYS,
     Request,
@@ -28,13 +31,18 @@ from eagleray_serving.schema import (
     parse_request,
     raw_items,
 )
-from eagleray_serving.web import failure, framing, read_body, request_id
+from eagleray_serving.visits import Usage
+from eagleray_serving.web import failure, read_body, request_id
 
-# 32 megapixels: any camera's photo, and at most 128 MB once decoded.
-MAX_IMAGE_PIXELS = 32 * 2**20
 IMAGE_FORMATS = ("PNG", "JPEG")
 # What the failure of a request's only item is; else 422.
 ITEM_STATUSES = {"too_long": 413, "model_failed": 500}
+
+
+class ModelResponse(JSONResponse):
+    """A model's answer; crosses processes, and says there what it took."""
+
+    usage: Usage
 
 
 class ModelService:
@@ -45,10 +53,19 @@ class ModelService:
         columns: The task's input columns.
         answerer: The loaded model.
         limits: The file's `serve` section.
+        gate: What stands before the routes; asks nobody for a key by default.
     """
 
-    def __init__(self, card: ModelCard, columns: Sequence[str], answerer: Answerer, limits: ServeConfig) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        columns: Sequence[str],
+        answerer: Answerer,
+        limits: ServeConfig,
+        gate: Gate | None = None,
+    ) -> None:
         self.card = card
+        self.gate = gate or Gate(max_header_bytes=limits.max_header_bytes)
         self._columns = tuple(columns)
         self._answerer = answerer
         self._limits = limits
@@ -56,7 +73,9 @@ class ModelService:
     def application(self) -> Starlette:
         """Return the ASGI application: the bare and the named route."""
         paths = (self.card.bare_path, f"{self.card.bare_path}/{{model}}")
-        return Starlette(routes=[Route(path, self._route, methods=["POST"]) for path in paths], **framing())
+        return Starlette(
+            routes=[Route(path, self._route, methods=["POST"]) for path in paths], **framing(self.gate)
+        )
 
     async def respond(self, body: bytes, asking: Asking) -> Response:
         """Answer a whole body; every failure becomes an answer."""
@@ -68,18 +87,25 @@ class ModelService:
     async def _route(self, http: HTTPRequest) -> Response:
         if "model" in http.path_params:
             find([self.card], http.path_params["model"])
+        self.gate.admit(self.card.scope)
         body = await read_body(http, self._limits.max_body_bytes, self._limits.request_timeout_s)
-        return await self.respond(body, Asking(request_id(http)))
+        return await self.respond(body, signed(Asking(request_id(http))))
 
     async def _handle(self, body: bytes, asking: Asking) -> Response:
         request = parse_request(self.card.verb, body, self._limits)
         self._check_target(request)
         items = self._items(request)
+        began = time.monotonic()
         answers = await self._answer(items, _options(request), asking)
+        usage = Usage(self.card.name, answers.version, len(items), answers.num_tokens, asking.lane)
+        self.gate.metrics.count_answer(usage, time.monotonic() - began)
+        self.gate.charge(usage, asking)
         if is_single(request) and isinstance(answers.items[0], ItemFailure):
             failed = answers.items[0]
             raise WireError(ITEM_STATUSES.get(failed.code, 422), failed.code, failed.message, failed.hint)
-        return self._shape(answers)
+        response = self._shape(answers)
+        response.usage = usage
+        return response
 
     async def _answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
@@ -130,7 +156,7 @@ class ModelService:
 
     def _image(self, text: str, index: int) -> Mapping[str, Any]:
         data = decode_image(text, index)
-        check_image(data, index)
+        check_image(data, index, self._limits.max_image_pixels)
         return {self._columns[0]: data}
 
     def _row(self, value: Any, index: int) -> Mapping[str, Any]:
@@ -149,18 +175,18 @@ class ModelService:
             )
         return row
 
-    def _shape(self, answers: Answers) -> Response:
+    def _shape(self, answers: Answers) -> ModelResponse:
         head = {"model": self.card.name, "version": answers.version}
         key = ANSWER_KEYS[self.card.verb]
         plain = [_plain(answer) for answer in answers.items]
         try:
-            return JSONResponse({**head, key: plain})
+            return ModelResponse({**head, key: plain})
         except (ValueError, TypeError):
             # One answer that JSON cannot carry must not take the others with it.
-            return JSONResponse({**head, key: [_encodable(answer) for answer in plain]})
+            return ModelResponse({**head, key: [_encodable(answer) for answer in plain]})
 
 
-def check_image(data: bytes, index: int) -> None:
+def check_image(data: bytes, index: int, max_pixels: int) -> None:
     """Refuse what is not a PNG or JPEG of a reasonable size, by its header alone: no pixel is decoded.
 
     Raises:
@@ -176,17 +202,17 @@ def check_image(data: bytes, index: int) -> None:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 width, height = image.size
     except Image.DecompressionBombError:
-        width = height = MAX_IMAGE_PIXELS
+        width, height = max_pixels + 1, 1
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise WireError(
             422, "bad_image", f"images[{index}] is not a PNG or JPEG image", "send a whole PNG or JPEG file"
         ) from None
-    if width * height > MAX_IMAGE_PIXELS:
+    if width * height > max_pixels:
         raise WireError(
             413,
             "image_too_large",
-            f"images[{index}] has more than {MAX_IMAGE_PIXELS} pixels",
-            "scale the image down",
+            f"images[{index}] has more than {max_pixels} pixels",
+            "scale the image down, or raise serve.max_image_pixels",
         )
 
 

@@ -11,33 +11,22 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eagleray_serving.haproxy_launcher import REQUEST_ID
 from eagleray_serving.schema import MAX_SHOWN_CHARACTERS, WireError, error_body
+from eagleray_serving.visits import current_visit
 
 logger = logging.getLogger(__name__)
 
 # A body over the limit is read to its end up to this multiple, so that the client sees the answer and no reset.
 DRAIN_FACTOR = 4
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-
-
-def framing() -> dict[str, Any]:
-    """Return the arguments that every application is made with."""
-    # Starlette's own place for unexpected exceptions answers and then raises them once more, for its server's log.
-    unexpected = Middleware(ExceptionMiddleware, handlers={Exception: _handle})
-    return {
-        "middleware": [Middleware(WholePath), unexpected],
-        "exception_handlers": {WireError: _handle, HTTPException: _handle},
-    }
+_REQUEST_ID = re.compile(REQUEST_ID)
 
 
 class WholePath:
@@ -92,8 +81,14 @@ def failure(error: Exception, what: str) -> Response:
 
 
 def request_id(request: Request) -> str:
-    """Return the id that a request carries in `X-Request-Id`, or a new one where it has none to log."""
-    given = request.headers.get("x-request-id", "")
+    """Return the id of a request: the one that it carries in `X-Request-Id`, or the one that it was given."""
+    visit = current_visit()
+    return given_or_new_id(request.headers) if visit is None else visit.id
+
+
+def given_or_new_id(headers: Headers) -> str:
+    """Return the id that the headers carry, or a new one where they carry none that may be logged."""
+    given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
@@ -135,7 +130,8 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     return b"".join(chunks)
 
 
-async def _handle(request: Request, error: Exception) -> Response:
+async def handle(request: Request, error: Exception) -> Response:
+    """Return the answer that an exception stands for, as a handler of Starlette's."""
     shown = ascii(request.scope["path"][:MAX_SHOWN_CHARACTERS])
     if isinstance(error, HTTPException):
         error = _not_routed(request.method, shown, error.headers or {})

@@ -150,7 +150,7 @@ def test_the_front_of_this_ray_is_the_one_that_the_launcher_knows(tmp_path: Path
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     from eagleray_serving.front import find_haproxy, install_launcher
-    from eagleray_serving.haproxy_launcher import rewrite
+    from eagleray_serving.haproxy_launcher import Settings, rewrite
 
     binary = find_haproxy()
     if binary is None:
@@ -178,9 +178,10 @@ def test_the_front_of_this_ray_is_the_one_that_the_launcher_knows(tmp_path: Path
         metrics_enabled=config.metrics_enabled,
         metrics_socket_path=config.metrics_socket_path,
     )
-    install_launcher(binary, tmp_path, 60)
+    settings = Settings(str(binary), str(tmp_path), 60, 16_384)
+    install_launcher(settings)
     path = tmp_path / "haproxy.cfg"
-    path.write_text(rewrite(written, str(tmp_path), 60) + "\n")
+    path.write_text(rewrite(written, settings) + "\n")
     binds = [line.split()[1] for line in path.read_text().splitlines() if line.strip().startswith("bind ")]
     assert len(binds) == 3 and all(bind.startswith("127.0.0.1:") for bind in binds[::2])
     judged = subprocess.run([binary, "-c", "-f", path], capture_output=True, text=True, timeout=30)

@@ -55,6 +55,16 @@ class ServeConfig(Section):
     max_items: PositiveInt = Field(1000, description="Items in one request.")
     max_item_characters: PositiveInt = Field(20_000, description="Characters of one item.")
     max_body_bytes: PositiveInt = Field(8 * 1024 * 1024, description="Bytes of one request's body.")
+    max_header_bytes: Annotated[int, Field(ge=1024, le=131_072)] = Field(
+        16_384,
+        description="Bytes of one request's line and headers; beyond it the answer is 431, or 414 for its URL.",
+    )
+    max_depth: Annotated[int, Field(ge=1, le=100)] = Field(
+        32, description="Lists and objects inside one another in an input of a task of your own."
+    )
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+        32 * 1024 * 1024, description="Pixels of one image, told from its header before it is decoded."
+    )
     request_timeout_s: PositiveFloat = Field(
         60.0, description="Seconds after which a request is answered 408 or 503."
     )

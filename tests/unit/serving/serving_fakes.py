@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 from starlette.responses import Response
@@ -96,3 +98,58 @@ def is_error(response: httpx.Response) -> bool:
     """Whether an answer has the one error shape and is small."""
     error = response.json()["error"]
     return set(error) == {"code", "message", "hint"} and len(response.content) < 2000
+
+
+@dataclass(frozen=True)
+class RawAnswer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def raw_call(
+    app: ASGIApp,
+    method: str,
+    raw_path: bytes,
+    headers: Sequence[tuple[bytes, bytes]] = ((b"content-type", b"application/json"),),
+    chunks: Sequence[bytes | None] = (b"",),
+) -> RawAnswer:
+    """Send what no well-behaved client would, as uvicorn hands it on; a chunk that is None: the client is gone."""
+    path, _, query = raw_path.partition(b"?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": method,
+        "path": unquote(path.decode("latin-1")),
+        "raw_path": path,
+        "query_string": query,
+        "root_path": "",
+        "headers": list(headers),
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    sent: list[Any] = []
+
+    async def go() -> None:
+        arriving = iter(
+            [
+                {"type": "http.disconnect"}
+                if chunk is None
+                else {"type": "http.request", "body": chunk, "more_body": number < len(chunks) - 1}
+                for number, chunk in enumerate(chunks)
+            ]
+        )
+
+        async def receive() -> Any:
+            return next(arriving, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+
+    asyncio.run(go())
+    named = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return RawAnswer(sent[0]["status"], named, b"".join(message.get("body", b"") for message in sent[1:]))

@@ -22,12 +22,20 @@ from eagleray_serving.front import (
     MAX_FOLDER_CHARACTERS,
     Front,
     Ports,
+    RequestLimits,
     choose_front,
     environment,
     error_answer,
     joined_environment,
+    refusal,
 )
-from eagleray_serving.haproxy_launcher import ERROR_STATUSES, UnknownConfigError, rewrite
+from eagleray_serving.haproxy_launcher import (
+    ERROR_STATUSES,
+    REFUSED_STATUSES,
+    Settings,
+    UnknownConfigError,
+    rewrite,
+)
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import reference
 
@@ -47,10 +55,12 @@ frontend http_frontend
 listen stats
   bind *:8404
 """
+SETTINGS = Settings("/bin/true", "/errors", 70, 16_384)
+LIMITS = RequestLimits(60, 16_384)
 
 
 def test_the_written_file_is_edited_in_every_place() -> None:
-    lines = [line.strip() for line in rewrite(WRITTEN, "/errors", 70).splitlines()]
+    lines = [line.strip() for line in rewrite(WRITTEN, SETTINGS).splitlines()]
     assert [line for line in lines if line.startswith("bind ")] == [
         "bind 127.0.0.1:9101",
         "bind 127.0.0.1:8000",
@@ -64,14 +74,14 @@ def test_the_written_file_is_edited_in_every_place() -> None:
 
 
 def test_an_edited_file_is_left_as_it_is() -> None:
-    once = rewrite(WRITTEN, "/errors", 70)
-    assert rewrite(once, "/errors", 70) == once
+    once = rewrite(WRITTEN, SETTINGS)
+    assert rewrite(once, SETTINGS) == once
 
 
 @pytest.mark.parametrize("line", ["option abortonclose", "bind :9101", "bind *:8404", "frontend http_frontend"])
 def test_a_file_without_an_expected_line_is_refused(line: str) -> None:
     with pytest.raises(UnknownConfigError):
-        rewrite(WRITTEN.replace(line, ""), "/errors", 70)
+        rewrite(WRITTEN.replace(line, ""), SETTINGS)
 
 
 @pytest.mark.parametrize("status", ERROR_STATUSES)
@@ -81,6 +91,11 @@ def test_an_error_of_the_front_has_our_shape(status: int) -> None:
     assert f"content-length: {len(body)}".encode() in head
     assert head.startswith(b"HTTP/1.1 4" if status < 500 else b"HTTP/1.1 503 ")
     assert (b"retry-after" in head) == (status >= 500)
+
+
+@pytest.mark.parametrize("status", REFUSED_STATUSES)
+def test_what_a_rule_of_the_front_refuses_is_answered_in_our_shape(status: int) -> None:
+    assert set(json.loads(refusal(status, 16_384))["error"]) == {"code", "message", "hint"}
 
 
 def test_ports_are_distinct_and_zero_takes_a_free_one() -> None:
@@ -122,7 +137,7 @@ def test_the_environment_of_haproxy_names_files_that_are_there_and_short_sockets
     folder.mkdir()
     try:
         assert len(str(folder)) <= MAX_FOLDER_CHARACTERS
-        variables = environment(Front("127.0.0.1", Ports(1, 2, 3, 4, 5), Path("/bin/true")), folder, 60)
+        variables = environment(Front("127.0.0.1", Ports(1, 2, 3, 4, 5), Path("/bin/true")), folder, LIMITS)
         launcher = Path(variables["RAY_SERVE_HAPROXY_BINARY_PATH"])
         assert os.access(launcher, os.X_OK)
         config = folder / "x.cfg"
@@ -137,7 +152,7 @@ def test_the_environment_of_haproxy_names_files_that_are_there_and_short_sockets
 
 
 def test_without_haproxy_no_setting_of_it_is_made(tmp_path: Path) -> None:
-    variables = environment(Front("127.0.0.1", Ports(1, 2, 3, 4, 5), None), Path("/tmp/x"), 60)
+    variables = environment(Front("127.0.0.1", Ports(1, 2, 3, 4, 5), None), Path("/tmp/x"), LIMITS)
     assert not any("HAPROXY" in name or "HA_PROXY" in name for name in variables)
 
 

@@ -1,0 +1,172 @@
+"""What stands before every application: ids, header limits, keys, rates, the access log and the counters.
+
+Every process that answers HTTP has one gate: keys hold on a replica's own port as well as behind the front.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from eagleray_serving.access_log import AccessLog
+from eagleray_serving.answering import Asking
+from eagleray_serving.keys import ApiKey, KeyFile, KeyRing
+from eagleray_serving.metrics import Metrics
+from eagleray_serving.rates import Rates
+from eagleray_serving.schema import WireError
+from eagleray_serving.visits import Usage, Visit, current_visit
+
+# How often keys are looked at again and the access log is written.
+TICK_S = 0.5
+# What answers without a key: whether the server lives says nothing about what it serves.
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+BROWSER_PATHS = frozenset({"/docs", "/openapi.json"})
+SCHEMES = ("bearer", "deepl-auth-key")
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What a server was told about its edge; crosses processes, and holds no key.
+
+    Attributes:
+        keys: File of the keys' hashes; None: nobody is asked for one.
+        access_log: The access log; None: none is written.
+        has_addresses: Whether the access log says where a request came from.
+    """
+
+    keys: str | None = None
+    access_log: str | None = None
+    has_addresses: bool = False
+
+    def as_args(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> Protection:
+        """Rebuild it from plain values."""
+        return cls(**args)
+
+
+class Gate:
+    """The gate of one process.
+
+    Args:
+        protection: What the server was told.
+        max_header_bytes: Largest request line and headers.
+        returns_ids: Whether answers get their `X-Request-Id` here; Serve adds it to whatever it runs.
+
+    Raises:
+        ServingError: The keys cannot be read.
+    """
+
+    def __init__(
+        self, protection: Protection | None = None, *, max_header_bytes: int = 16_384, returns_ids: bool = True
+    ) -> None:
+        protection = protection or Protection()
+        self.max_header_bytes = max_header_bytes
+        self.returns_ids = returns_ids
+        self.ring = KeyRing(None if protection.keys is None else KeyFile(Path(protection.keys)))
+        self.rates = Rates()
+        self.metrics = Metrics()
+        log = None if protection.access_log is None else Path(protection.access_log)
+        self.log = AccessLog(log, has_addresses=protection.has_addresses)
+
+    def watch(self, report: Callable[[], None] = lambda: None) -> None:
+        """Follow the keys, write the log and report, in a thread that ends with the process."""
+        threading.Thread(target=self._watch, args=(report,), name="eagleray-gate", daemon=True).start()
+
+    def _watch(self, report: Callable[[], None]) -> None:
+        while True:
+            self.ring.follow()
+            self.log.flush()
+            report()
+            time.sleep(TICK_S)
+
+    def authenticate(self, scope: Scope, headers: Headers) -> ApiKey | None:
+        """Return the key of a request; None where it needs none.
+
+        Raises:
+            WireError: 401, it has none or another's.
+        """
+        if not self.ring.is_asked:
+            return None
+        given = key_of(headers)
+        key = None if given is None else self.ring.find(given)
+        if key is None and scope["path"] not in OPEN_PATHS:
+            raise unauthorized(given is not None, is_browser=scope["path"] in BROWSER_PATHS)
+        return key
+
+    def admit(self, scope: str) -> None:
+        """Let the current visit use a model, where its key may and has tokens left.
+
+        Args:
+            scope: What it uses: a verb and a model, as in `translate/en-fr`.
+
+        Raises:
+            WireError: 403 or 429.
+        """
+        visit = current_visit()
+        if visit is None:
+            return  # behind a handle: asked where it entered
+        visit.require(scope)
+        if not visit.is_admitted:
+            self.rates.admit(visit.key)
+            visit.is_admitted = True
+
+    def charge(self, usage: Usage, asking: Asking) -> None:
+        """Account for what a model did, here or behind a handle."""
+        visit = current_visit()
+        if visit is not None:
+            visit.used.append(usage)
+        self.rates.charge(self.ring.named(asking.key), usage.num_tokens)
+
+    def leave(self, visit: Visit, method: str, route: str, status: int, address: str | None) -> None:
+        """Take note of a request that was answered."""
+        self.metrics.count_request(route, method, status, time.monotonic() - visit.began)
+        self.log.add(visit, method, route, status, address)
+
+
+def signed(asking: Asking) -> Asking:
+    """Return what is asked with the name of the key that asks."""
+    visit = current_visit()
+    return asking if visit is None or visit.key is None else replace(asking, key=visit.key.name)
+
+
+def key_of(headers: Headers) -> str | None:
+    """Return the key that a request carries.
+
+    `Authorization: Bearer KEY`, as most clients send it; DeepL's own scheme; the password of HTTP's basic
+    authentication, which browsers and Prometheus know; or the header `X-API-Key`.
+    """
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    scheme, rest = scheme.lower(), rest.strip()
+    if scheme in SCHEMES and rest:
+        return rest
+    if scheme == "basic":
+        try:
+            return base64.b64decode(rest, validate=True).decode().partition(":")[2] or None
+        except (binascii.Error, ValueError):
+            return None
+    return headers.get("x-api-key") or None
+
+
+def unauthorized(is_wrong: bool, *, is_browser: bool = False) -> WireError:
+    """Return the answer to a request without a key, or with one that is none of ours."""
+    return WireError(
+        401,
+        "unauthorized",
+        "this key is not known here" if is_wrong else "a key is needed",
+        "send `Authorization: Bearer KEY`; the operator makes keys with: eagleray keys add NAME",
+        # A browser asks its user for a password where it sees this scheme: wanted for a page, not behind a page.
+        challenge='Basic realm="eagleray"' if is_browser else 'Bearer realm="eagleray"',
+    )
