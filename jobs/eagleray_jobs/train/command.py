@@ -27,6 +27,13 @@ def train(
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Begin a new run although the name holds one of another file.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Record three steps of all workers as a Chrome trace and a picture (or train.profile_steps).",
+        ),
+    ] = False,
     store: StoreOption = None,
     address: AddressOption = None,
     json: JsonOption = False,
@@ -38,7 +45,7 @@ def train(
     that goes on from it; a second Ctrl-C stops at once.
     """
     with reporting(json=json, verbose=verbose) as out:
-        reports = _train_all(out, files, store, address, new_run=new_run)
+        reports = _train_all(out, files, store, address, new_run=new_run, profile=profile)
         values = [report.as_json() for report in reports]
         value = values[0] if len(values) == 1 else {"runs": values}
         out.result(value, "\n\n".join(report.text() for report in reports))
@@ -47,7 +54,7 @@ def train(
 
 
 def _train_all(
-    out: Output, files: list[str], store: str | None, address: str | None, *, new_run: bool
+    out: Output, files: list[str], store: str | None, address: str | None, *, new_run: bool, profile: bool
 ) -> list[TrainReport]:
     from eagleray_jobs.train.preflight import check
 
@@ -55,7 +62,7 @@ def _train_all(
     for each in loaded:
         check(each.config, address)
     overrides = [argument for argument in files if "=" in argument]
-    return _run(out, loaded, overrides, store, address, new_run=new_run)
+    return _run(out, loaded, overrides, store, address, new_run=new_run, profile=profile)
 
 
 def _run(
@@ -66,6 +73,7 @@ def _run(
     address: str | None,
     *,
     new_run: bool,
+    profile: bool,
 ) -> list[TrainReport]:
     from eagleray_jobs.train.driver import TrainOptions, train
 
@@ -74,7 +82,9 @@ def _run(
     with ExitStack() as ray:  # the first run that needs Ray opens the connection for all of them
         for each in loaded:
             call = (str(each.path), *overrides, *(("--store", store) if store else ()))
-            options = TrainOptions(address, new_run=new_run, verbose=out.verbose, call=call, code=code)
+            options = TrainOptions(
+                address, new_run=new_run, verbose=out.verbose, call=call, code=code, profile=profile
+            )
             reports.append(train(each.config, options, ray))
             if reports[-1].signal_number is not None:
                 break

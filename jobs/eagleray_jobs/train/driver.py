@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from eagleray.cluster import Cluster, connect
 from eagleray.config.crosschecks import layout_of
@@ -28,6 +28,7 @@ from eagleray.resources import ResourceRequest
 from eagleray.store.claim import Finished, RunClaim, claim_run
 from eagleray.store.decide import Contents, Outcome
 from eagleray.store.objects import ObjectStore
+from eagleray.store.runs import RunHandle, run_dir
 from eagleray.tasks import Processor, load_task
 from eagleray.user_code import add_code
 from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare
@@ -38,6 +39,7 @@ from eagleray_jobs.train.board import Phase, open_board
 from eagleray_jobs.train.failures import merge
 from eagleray_jobs.train.launch import build_trainer, environment
 from eagleray_jobs.train.preflight import check_half_precision, workers_request
+from eagleray_jobs.train.profiles import find_profiles
 from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.report import TrainReport, next_commands
 from eagleray_jobs.train.schedule import num_steps
@@ -61,6 +63,7 @@ class TrainOptions:
         stream: Where progress is shown.
         call: Arguments of `eagleray train` as they were typed, for the command to go on with.
         code: `code:` directories of other files that are trained on the same connection.
+        profile: Record the timeline of some steps.
     """
 
     address: str | None = None
@@ -69,6 +72,7 @@ class TrainOptions:
     stream: IO[str] = field(default_factory=lambda: sys.stderr)
     call: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
+    profile: bool = False
 
 
 def train(config: RunConfig, options: TrainOptions, ray_stack: ExitStack | None = None) -> TrainReport:
@@ -122,7 +126,7 @@ class _Driver:
         if isinstance(claim, Finished):
             return self._already_finished(claim)
         with claim:
-            report = self._report(self._train(claim))
+            report = self._report(self._train(claim), claim.handle)
             ended = Outcome.FINISHED if report.is_complete else Outcome.INTERRUPTED
             claim.finish(ended, report.as_json())
         return report
@@ -173,7 +177,8 @@ class _Driver:
         self._show_cut(task.load_processor(prepared.processor_files))
         max_steps = num_steps(self.train_config, len(prepared.split("train")))
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
-        return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps)
+        profile: Literal["collectives"] | None = "collectives" if self.options.profile else None
+        return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps, profile)
 
     def _show_cut(self, processor: Processor) -> None:
         """Show the stages of a pipeline before there are workers, and refuse what cannot be cut."""
@@ -224,7 +229,7 @@ class _Driver:
         self.snapshot = self.snapshot.enter(phase, time.monotonic())
         self.view.show(self.snapshot, Phase(phase))
 
-    def _report(self, result: LoopResult) -> TrainReport:
+    def _report(self, result: LoopResult, run: RunHandle) -> TrainReport:
         snapshot = self.snapshot.enter("end", time.monotonic())
         is_stopped = result.outcome == "stopped"
         return TrainReport(
@@ -240,6 +245,7 @@ class _Driver:
             best_score=result.best_score,
             restarts=snapshot.restarts,
             phases_s=snapshot.phases_s,
+            profiles=find_profiles(self.store, run_dir(run.name, run.run)),
             next_commands=next_commands(self.config.name, result.outcome, self.options.call),
             signal_number=(self.stop.number or int(signal.SIGTERM)) if is_stopped else None,
         )

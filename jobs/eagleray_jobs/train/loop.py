@@ -24,6 +24,7 @@ from eagleray.parallel import (
     data_coordinate,
     gathered,
 )
+from eagleray.store.runs import run_dir
 from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
 from eagleray_jobs.train.evaluation import Evaluator
@@ -33,6 +34,8 @@ from eagleray_jobs.train.lookout import Lookout
 from eagleray_jobs.train.metrics import MetricWriter, Throughput, memory_bytes
 from eagleray_jobs.train.optimizer import build_optimizer
 from eagleray_jobs.train.parts import Parts
+from eagleray_jobs.train.profile import Profile, profiled_steps
+from eagleray_jobs.train.profiles import write_profile
 from eagleray_jobs.train.progress import Due, Goal, Progress, due_after, out_of_patience, outcome_at_start
 from eagleray_jobs.train.saving import Saves
 from eagleray_jobs.train.schedule import learning_rate
@@ -69,6 +72,7 @@ class _Loop:
         config, coordinate = spec.train, data_coordinate(parts.mesh)
         self.reshard_after_forward = spec.config.parallel.reshard_after_forward
         self.config, self.max_steps, self.parts, self.control = config, spec.max_steps, parts, control
+        self.spec = spec
         self.exchange = parts.exchange
         if config.torch_compile:
             parts.model.compile()  # in place: names stay, and DDP wraps what is compiled
@@ -82,8 +86,10 @@ class _Loop:
         if self.pipeline is not None:  # the last stage need not be on the last rank
             counts = self.pipeline.holds_last and parts.mesh.get_local_rank("tp") == 0
             computes = replace(coordinate, counts=counts)
+        self.profile = _build_profile(spec, parts)
+        self.timeline = self.profile.timeline
         self.step = TrainStep(
-            model, parts.task, optimizer, config, self.exchange, computes, parts.device, parts.probe
+            model, parts.task, optimizer, config, self.exchange, computes, parts.device, parts.probe, self.timeline
         )
         self.state = TrainState(module, optimizer, self.step.scaler, spec.config.model.adapter)
         self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
@@ -100,10 +106,13 @@ class _Loop:
     def run(self) -> LoopResult:
         progress = self.restore()
         outcome = outcome_at_start(self.config, progress, self.max_steps)
+        self.choose_profile(progress.step)
         with closing(self.steps_after(progress.step)) as batches:
             while outcome is None:
                 self.lookout.doing(f"step {progress.step + 1}")
-                batch = next(batches)
+                self.profile.begin(progress.step + 1)
+                with self.timeline.span("data"):
+                    batch = next(batches)
                 rate = learning_rate(self.config, batch.step, self.max_steps)
                 result = self.take_step(batch, rate)
                 progress = progress.after_step(batch.num_examples)
@@ -115,6 +124,8 @@ class _Loop:
                 outcome = due.outcome or out_of_patience(self.config, progress)
                 if due.save or outcome:
                     self.save(progress)
+                self.profile.end(progress.step)
+        self.profile.finish()
         self.saves.finish()
         return LoopResult(
             outcome, progress.step, self.saves.last_ref, progress.scores, progress.best_score, progress.best_step
@@ -126,6 +137,11 @@ class _Loop:
         if self.is_first:
             self.metrics = MetricWriter(self.parts.sinks(progress.step))
         return progress
+
+    def choose_profile(self, step: int) -> None:
+        given = self.config.profile_steps
+        if given is not None or self.spec.profile is not None:
+            self.profile.choose(profiled_steps(given, step, self.max_steps))
 
     def steps_after(self, step: int) -> Generator[StepBatch, None, None]:
         return prefetch(self.batches, step + 1, self.max_steps, timeout_s=self.config.ddp_timeout)
@@ -150,7 +166,7 @@ class _Loop:
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
         self.lookout.doing(f"evaluation after step {progress.step}")
-        with self.throughput.paused(), self.whole_model() as model:
+        with self.timeline.span("evaluate"), self.throughput.paused(), self.whole_model() as model:
             scores = self.evaluator.run(model, progress.step)
         return progress.after_evaluation(scores, self.goal)
 
@@ -179,15 +195,16 @@ class _Loop:
 
     def save(self, progress: Progress) -> None:
         self.lookout.doing(f"save of step {progress.step}")
-        self.saves.start(
-            step=progress.step,
-            tensors=self.state.tensors(),
-            files=self.parts.files,
-            state=self.state.record(progress),
-            metrics=progress.current_scores or {},
-            # A run that goes on from here does not repeat these steps: their records must be there.
-            before_commit=None if self.metrics is None else self.metrics.flush,
-        )
+        with self.timeline.span("save"):
+            self.saves.start(
+                step=progress.step,
+                tensors=self.state.tensors(),
+                files=self.parts.files,
+                state=self.state.record(progress),
+                metrics=progress.current_scores or {},
+                # A run that goes on from here does not repeat these steps: their records must be there.
+                before_commit=None if self.metrics is None else self.metrics.flush,
+            )
 
     def check_gradient(self, step: int, result: StepResult) -> None:
         """Before anything is shown or stored: the gradient of a finite loss can spoil the weights, too."""
@@ -219,6 +236,14 @@ def _cut(spec: WorkerSpec, parts: Parts) -> nn.Module:
         model, fill = skeleton_of(model), partial(fill_from, ModelInMemory(model))
     loss = parts.task.loss
     return apply_pipeline(model, spec.layout, mesh, device, plan=plan, options=options, loss=loss, fill=fill)
+
+
+def _build_profile(spec: WorkerSpec, parts: Parts) -> Profile:
+    run = spec.run
+    about = {"run": f"{run.name}@r{run.run}", "layout": str(spec.layout)}
+    write = partial(write_profile, run.store, run_dir(run.name, run.run), about)
+    collectives = spec.profile != "passes"
+    return Profile(parts.exchange, parts.mesh, parts.device, write, collectives=collectives)
 
 
 def _every_rank(exchange: Exchange) -> DataCoordinate:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eagleray.config.schema import TrainConfig
 from eagleray.parallel import Pipeline
+from eagleray.parallel.timeline import Timeline
 from eagleray.tasks.base import Loss, Task, move
 from eagleray_jobs.train.batches import MicroBatch, StepBatch
 
@@ -41,10 +42,17 @@ class ModelPasses:
     """One micro-batch after the other through a model that is called."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: TrainConfig, device: torch.device, seed: Seed
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        device: torch.device,
+        seed: Seed,
+        timeline: Timeline,
     ) -> None:
         self._model = model
         self._task = task
+        self._timeline = timeline
         self._config = config
         self._device = device
         self._seed = seed
@@ -56,10 +64,12 @@ class ModelPasses:
             is_last = index == len(batch.micro_batches) - 1
             with self._gradient_sync(is_last):
                 self._seed(batch.step, index)
-                losses.append(self._forward(micro_batch))
+                with self._timeline.span("forward", micro_batch=index):
+                    losses.append(self._forward(micro_batch))
                 if is_last and self._device.type == "cpu":
                     known(losses)
-                torch.autograd.backward(scale_loss(losses[-1].total))
+                with self._timeline.span("backward", micro_batch=index):
+                    torch.autograd.backward(scale_loss(losses[-1].total))
                 losses[-1] = Loss(losses[-1].total.detach(), losses[-1].count)
         # On a GPU reading the loss waits for the forward pass, so it comes after the backward is queued.
         if self._device.type != "cpu":
@@ -91,7 +101,7 @@ class PipelinePasses:
         """Run the schedule; the whole share is one collated batch that the pipeline cuts."""
         assert len(batch.micro_batches) == 1, "the pipeline cuts the micro-batches"
         self._seed(batch.step, 0)
-        with autocast(self._config, self._device):
+        with autocast(self._config, self._device), self._pipeline.timeline.span("pipeline"):
             losses = self._pipeline.run(move(batch.micro_batches[0].batch, self._device), scale_loss)
         known([Loss(total, count) for total, count in zip(losses.totals, losses.counts, strict=True)])
 

@@ -29,6 +29,7 @@ class TrainReport:
         num_workers: Workers that trained.
         restarts: How often they were restarted.
         phases_s: Seconds of each phase before the first step, and of training.
+        profiles: Timelines of some of its steps, in the store: for each a Chrome trace and a picture.
         next_commands: What to type next.
         signal_number: The signal that a stopped run was stopped by.
     """
@@ -45,6 +46,7 @@ class TrainReport:
     best_score: float | None = None
     restarts: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
+    profiles: tuple[str, ...] = ()
     next_commands: tuple[str, ...] = ()
     signal_number: int | None = None
 
@@ -61,7 +63,7 @@ class TrainReport:
     def from_json(cls, values: Mapping[str, Any]) -> TrainReport:
         """Read what `as_json` gave, also when another release wrote it."""
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        known["next_commands"] = tuple(known.get("next_commands", ()))
+        known |= {name: tuple(known.get(name, ())) for name in ("profiles", "next_commands")}
         return cls(**known)
 
     def text(self) -> str:
@@ -80,6 +82,7 @@ class TrainReport:
             ("best", best),
             ("store", self.store),
             ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases_s.items())),
+            ("profile", ", ".join(f"{self.store}/{key}" for key in self.profiles)),
             ("restarts", str(self.restarts) if self.restarts else ""),
         ]
 

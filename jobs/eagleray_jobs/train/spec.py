@@ -26,6 +26,7 @@ class WorkerSpec:
         data_fingerprint: Prepared data, `data/<fingerprint>/` in the run's store.
         layout: The resolved degrees; their product is the number of workers.
         max_steps: Optimizer steps of the whole run (epochs are resolved by `schedule.num_steps`).
+        profile: Record some steps although the file names none: passes alone, or collectives as well.
     """
 
     config: RunConfig
@@ -33,6 +34,7 @@ class WorkerSpec:
     data_fingerprint: str
     layout: Layout
     max_steps: int
+    profile: Literal["passes", "collectives"] | None = None
 
     @property
     def train(self) -> TrainConfig:

@@ -18,6 +18,7 @@ from eagleray.config.schema import TrainConfig
 from eagleray.errors import ConfigError, NonFiniteLossError
 from eagleray.parallel import DataCoordinate, Pipeline
 from eagleray.parallel.gradients import gradient_norm, local_gradients
+from eagleray.parallel.timeline import Timeline
 from eagleray.tasks.base import Loss, Task
 from eagleray_jobs.train.batches import StepBatch
 from eagleray_jobs.train.exchange import Exchange, Pending, Totals
@@ -55,6 +56,7 @@ class TrainStep:
         coordinate: Which slice of the global batch this rank reads.
         device: Where this rank computes.
         probe: Sees the gradients of every step.
+        timeline: Records what a step does.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class TrainStep:
         coordinate: DataCoordinate,
         device: torch.device,
         probe: Probe | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         check_precision(config, device)
         self._model = model
@@ -75,14 +78,16 @@ class TrainStep:
         self._exchange = exchange
         self._coordinate = coordinate
         self._probe = probe
+        self._timeline = timeline or Timeline()
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._passes: Passes
         self._counted, self._stages = self._parameters, None
         if isinstance(model, Pipeline):
+            model.timeline = self._timeline
             self._passes = PipelinePasses(model, config, device, self._seed)
             self._counted, self._stages = model.counted_parameters(), model.group
         else:
-            self._passes = ModelPasses(model, task, config, device, self._seed)
+            self._passes = ModelPasses(model, task, config, device, self._seed, self._timeline)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
         self._checked_gradients = False
 
@@ -108,17 +113,20 @@ class TrainStep:
         scale = self._gradient_scale(totals)
         if self._probe is not None:
             self._probe.backward(batch.step, scale)
-        grad_norm = self._scale_and_clip(scale)
-        set_learning_rate(self._optimizer, learning_rate)
-        self.scaler.step(self._optimizer)
-        self.scaler.update()
+        with self._timeline.span("clip"):
+            grad_norm = self._scale_and_clip(scale)
+        with self._timeline.span("optimizer"):
+            set_learning_rate(self._optimizer, learning_rate)
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
         return StepResult(totals, grad_norm)
 
     def _forward_backward(self, batch: StepBatch, stop: bool, saving: bool) -> Totals:
         """Accumulate gradients; the totals travel while the last backward pass runs."""
         sent: list[Pending] = []
         self._passes.run(batch, self._scale_loss, lambda losses: sent.append(self._send(losses, stop, saving)))
-        return sent[0].wait()
+        with self._timeline.span("exchange"):
+            return sent[0].wait()
 
     def _scale_loss(self, total: Tensor) -> Tensor:
         return self.scaler.scale(total / self._normalizer)

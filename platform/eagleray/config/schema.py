@@ -176,6 +176,13 @@ class TrainConfig(Section):
     report_to: list[Literal["tensorboard"]] = Field(
         default_factory=list, description="Further places that metrics go to."
     )
+    profile_steps: list[PositiveInt] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last step whose timeline on all workers is written into the run's folder, as a "
+        "Chrome trace and as a picture; null: none, or with `--profile` three steps after the first five.",
+    )
     ddp_timeout: PositiveFloat = Field(60.0, description="Seconds after which a collective without answer fails.")
 
     @model_validator(mode="after")
@@ -191,6 +198,8 @@ class TrainConfig(Section):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} is larger than "
                 f"global_batch_size {self.global_batch_size}"
             )
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps {self.profile_steps} end before they begin")
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps")
         return self

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -63,6 +64,24 @@ def data_coordinate(mesh: DeviceMesh) -> DataCoordinate:
         world=shape["dp_replicate"] * shape["dp_shard"],
         counts=tp == 0 and pp == shape["pp"] - 1,
     )
+
+
+def group_over_stages(mesh: DeviceMesh, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """Make a group of some ranks of every pipeline and return this rank's; called by all ranks together."""
+    own = None
+    if len(pipeline_ranks) > 1:
+        for column in mesh.mesh.reshape(mesh.mesh.shape[0], -1).T.tolist():
+            members = [column[rank] for rank in pipeline_ranks]
+            backend = register() if mesh.device_type == "cpu" else None
+            group = dist.new_group(members, timeout=_timeout_of(mesh), backend=backend)
+            own = group if dist.get_rank() in members else own
+    return own
+
+
+def _timeout_of(mesh: DeviceMesh) -> timedelta:
+    backend = mesh.get_group("pp")._get_backend(torch.device(mesh.device_type))
+    timeout: timedelta = backend.options._timeout
+    return timeout
 
 
 def _group_options(device_type: str, timeout_s: float) -> Any:

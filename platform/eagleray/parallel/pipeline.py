@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any
@@ -15,18 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
-from eagleray.gloo import register
 from eagleray.parallel.cut import cut_layers, estimate_costs
 from eagleray.parallel.gradients import whole
 from eagleray.parallel.local import local, materialize
+from eagleray.parallel.mesh import group_over_stages
 from eagleray.parallel.options import ParallelOptions, Schedule
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.stage import LossFunction, Stage, capture_inputs, prune
+from eagleray.parallel.timeline import TimedStage, Timeline
 
 Shape = tuple[int, ...]
 ScaleLoss = Callable[[Tensor], Tensor]
@@ -134,6 +133,9 @@ class Pipeline(nn.Module):
         options: Schedule, number of micro-batches and split.
         loss: The task's loss.
 
+    Attributes:
+        timeline: Records the passes of the stages; set before the first batch.
+
     Raises:
         ConfigError: The model cannot be cut into so many stages.
     """
@@ -150,6 +152,7 @@ class Pipeline(nn.Module):
         loss: LossFunction,
     ) -> None:
         super().__init__()
+        self.timeline = Timeline()
         self.cut = cut_model(model, layout, plan, options)
         self._group = mesh.get_group("pp")
         self._device, self._options, self._loss = device, options, loss
@@ -283,7 +286,7 @@ class Pipeline(nn.Module):
             before = self._stream(number - 1, rows, inputs)
             after = self._stream(number, rows, inputs)
             stages.append(
-                PipelineStage(
+                TimedStage(
                     stage,
                     number,
                     len(self.cut),
@@ -291,6 +294,7 @@ class Pipeline(nn.Module):
                     input_args=before,
                     output_args=after,
                     group=self._group,
+                    timeline=self.timeline,
                 )
             )
         schedule_class = get_schedule_class(self._options.schedule)
@@ -332,7 +336,7 @@ class Pipeline(nn.Module):
         for name, holders in sorted(tied.items()):
             ranks = tuple(sorted({rank_of[number] for number in holders}))
             if ranks not in made:
-                made[ranks] = _make_group(mesh, ranks)
+                made[ranks] = group_over_stages(mesh, ranks)
             if self._group.rank() in ranks:
                 found[name] = made[ranks]
         return found
@@ -357,23 +361,6 @@ class Pipeline(nn.Module):
                 if first[name] == number:
                     own[name] = parameter
         return list(own.values())
-
-
-def _make_group(mesh: DeviceMesh, pipeline_ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """Make a group of some ranks of every pipeline and return this rank's."""
-    own = None
-    if len(pipeline_ranks) > 1:
-        for column in mesh.mesh.reshape(mesh.mesh.shape[0], -1).T.tolist():
-            members = [column[rank] for rank in pipeline_ranks]
-            backend = register() if mesh.device_type == "cpu" else None
-            group = dist.new_group(members, timeout=_timeout_of(mesh), backend=backend)
-            own = group if dist.get_rank() in members else own
-    return own
-
-
-def _timeout_of(mesh: DeviceMesh) -> timedelta:
-    backend = mesh.get_group("pp")._get_backend(torch.device(mesh.device_type))
-    return backend.options._timeout
 
 
 def _holders_of(model: nn.Module, plan: ParallelPlan, cut: list[range]) -> tuple[Holders, Holders]:

@@ -105,6 +105,7 @@ NEUTRAL_KEYS = frozenset(
         *("store", "code"),
         *("train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
         *("train.stop_at_step", "train.max_failures", "train.report_to", "train.ddp_timeout"),
+        "train.profile_steps",
         # Micro-batches are accumulated to the same global batch.
         *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
     }
