@@ -17,6 +17,7 @@ from eagleray.console import (
     reporting,
     table,
 )
+from eagleray_serving import rollout_commands
 
 if TYPE_CHECKING:
     from eagleray_serving.server import Served
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     serve.command()(status)
     serve.command()(stop)
     serve.command()(render)
+    rollout_commands.add(serve)
     app.add_typer(serve, name="serve")
 
 
@@ -90,14 +92,24 @@ def up(
 def status(json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """Show the servers that were started here."""
     with reporting(json=json, verbose=verbose) as out:
+        from eagleray_serving.commanding import rollouts
         from eagleray_serving.home import Home
+        from eagleray_serving.views import summary
 
-        records = Home.default().records()
+        home = Home.default()
+        records = home.records()
         rows = [
             (each.id, each.state, each.url, each.pid or each.address, " ".join(each.models)) for each in records
         ]
         text = table(("id", "state", "url", "process", "models"), rows) if rows else "no server runs"
-        out.result({"servers": [each.as_json() for each in records]}, text)
+        found = {each.id: rollouts(home, each) for each in records}
+        lines = [
+            f"{id}  {name}: {summary(shown)}" for id, models in found.items() for name, shown in models.items()
+        ]
+        out.result(
+            {"servers": [{**each.as_json(), "rollouts": found[each.id]} for each in records]},
+            "\n".join([text, *lines]),
+        )
 
 
 def stop(

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from eagleray_serving.answering import Asking
 from eagleray_serving.autoscaling import deployment_options
+from eagleray_serving.board import RayNotes
+from eagleray_serving.control import Control
 from eagleray_serving.edge import READY, Edge
 from eagleray_serving.gate import Gate
 from eagleray_serving.loopback import keep_on_loopback
@@ -99,8 +101,10 @@ class ServeFleet:
 class EdgeReplica:
     """The Serve deployment's class of the application at `/`."""
 
-    def __init__(self, plans: Sequence[ModelPlan]) -> None:
+    def __init__(self, plans: Sequence[ModelPlan], token_sha256: str | None = None) -> None:
         keep_on_loopback()
+        self._control = Control(plans, RayNotes(), token_sha256)
+        self._controlling = asyncio.get_running_loop().create_task(self._control.run())
         limits = [plan.serve for plan in plans]
         self._edge = Edge(
             [plan.card for plan in plans],
@@ -108,11 +112,14 @@ class EdgeReplica:
             max_body_bytes=max(each.max_body_bytes for each in limits),
             body_timeout_s=max(each.request_timeout_s for each in limits),
             gate=Gate(max_header_bytes=max(each.max_header_bytes for each in limits), returns_ids=False),
+            versions=self._control.views,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application that answers this replica's HTTP requests."""
-        return self._edge.application()
+        app = self._edge.application()
+        app.router.routes.extend(self._control.routes())
+        return app
 
 
 def model_application(plan: ModelPlan, runtime_env: Mapping[str, Any] | None = None) -> ServeApplication:
@@ -129,7 +136,9 @@ def model_application(plan: ModelPlan, runtime_env: Mapping[str, Any] | None = N
     return application
 
 
-def edge_application(plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] | None = None) -> ServeApplication:
+def edge_application(
+    plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] | None = None, token_sha256: str | None = None
+) -> ServeApplication:
     """Return the Serve application at `/`."""
     from ray import serve
 
@@ -139,7 +148,7 @@ def edge_application(plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] 
     deployment = serve.deployment(serve.ingress()(EdgeReplica), name=EDGE_DEPLOYMENT)
     application: ServeApplication = deployment.options(
         num_replicas=1, max_ongoing_requests=1000, ray_actor_options=actor
-    ).bind(list(plans))
+    ).bind(list(plans), token_sha256)
     return application
 
 

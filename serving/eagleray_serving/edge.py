@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -45,6 +47,7 @@ class Edge:
         max_body_bytes: Largest body of a bare route: the largest that any model takes.
         body_timeout_s: Seconds in which a body must arrive.
         gate: What stands before the routes; asks nobody for a key by default.
+        versions: What is known of the versions of each model; None: they never change.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Edge:
         max_body_bytes: int,
         body_timeout_s: float,
         gate: Gate | None = None,
+        versions: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> None:
         self._cards = tuple(cards)
         self._gate = gate or Gate()
         self._fleet = GuardedFleet(fleet, cards, self._gate)
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._versions = versions
 
     def application(self) -> FastAPI:
         """Return the ASGI application."""
@@ -114,9 +119,14 @@ class Edge:
 
     async def _models(self, request: Request) -> Response:
         states = await self._fleet.states()
-        return JSONResponse(
-            {"models": [{**card.as_json(), "state": states.get(card.name, "missing")} for card in self._cards]}
-        )
+        rollouts = await asyncio.to_thread(self._versions) if self._versions is not None else {}
+        models = []
+        for card in self._cards:
+            rollout = rollouts.get(card.name)
+            shown = card if rollout is None else replace(card, version=rollout["current"])
+            state = states.get(card.name, "missing")
+            models.append({**shown.as_json(), "state": state} | ({} if rollout is None else {"rollout": rollout}))
+        return JSONResponse({"models": models})
 
     async def _page(self, request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'"

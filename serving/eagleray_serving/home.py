@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -125,6 +126,26 @@ class Home:
                 old.unlink(missing_ok=True)
         return self._dir / f"{id}.log"
 
+    def new_token_sha256(self, id: str) -> str:
+        """Make the secret with which a server is commanded, which only its user can read; returns its hash."""
+        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._token_path(id)
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        token = secrets.token_hex(32)
+        path.write_text(token)
+        return hashlib.sha256(token.encode()).hexdigest()
+
+    def token(self, id: str) -> str | None:
+        """Return the secret of a server; None: it has none."""
+        try:
+            return self._token_path(id).read_text()
+        except OSError:
+            return None
+
+    def _token_path(self, id: str) -> Path:
+        return self._dir / f"{id}.token"
+
     def write(self, record: ServerRecord) -> None:
         """Write a record; a reader sees the old one or the new one."""
         self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -158,6 +179,7 @@ class Home:
     def remove(self, record: ServerRecord) -> None:
         """Forget a server and remove its folder; its log stays."""
         (self._dir / f"{record.id}.json").unlink(missing_ok=True)
+        self._token_path(record.id).unlink(missing_ok=True)
         if record.folder is not None:
             shutil.rmtree(record.folder, ignore_errors=True)
 

@@ -62,7 +62,9 @@ def refuse_existing(applications: Sequence[str]) -> None:
         )
 
 
-def launch(plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] | None) -> None:
+def launch(
+    plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] | None, token_sha256: str | None = None
+) -> None:
     """Hand the applications to Serve; returns before they answer."""
     from ray import serve
 
@@ -73,7 +75,9 @@ def launch(plans: Sequence[ModelPlan], runtime_env: Mapping[str, Any] | None) ->
         )
         for plan in plans
     ]
-    edge = serve.RunTarget(target=edge_application(plans, runtime_env), name=EDGE_APPLICATION, route_prefix="/")
+    edge = serve.RunTarget(
+        target=edge_application(plans, runtime_env, token_sha256), name=EDGE_APPLICATION, route_prefix="/"
+    )
     serve.run_many(
         [*targets, edge], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class ModelPlan:
         columns: The task's input columns.
         serve: The file's `serve` section.
         code: Directories of the user's own packages.
+        server: Id of the server: where its versions are written down, apart from those of any other.
     """
 
     store: str
@@ -36,6 +38,7 @@ class ModelPlan:
     columns: tuple[str, ...]
     serve: ServeConfig
     code: tuple[str, ...] = ()
+    server: str = "server"
 
     @property
     def application(self) -> str:
@@ -50,6 +53,7 @@ class ModelPlan:
             "columns": list(self.columns),
             "serve": self.serve.model_dump(mode="json"),
             "code": list(self.code),
+            "server": self.server,
         }
 
     @classmethod
@@ -61,6 +65,7 @@ class ModelPlan:
             tuple(args["columns"]),
             ServeConfig.model_validate(args["serve"]),
             tuple(args["code"]),
+            args["server"],
         )
 
 
@@ -81,12 +86,13 @@ def plan_models(
         CheckpointDamagedError: A byte of it is not what was committed.
     """
     plans: dict[str, ModelPlan] = {}
+    server = secrets.token_hex(8)
     for file in files:
         if file.config.name in plans:
             raise UsageError(
                 f"two files are named {file.config.name}", "each model of a server needs a name of its own"
             )
-        plan = _plan(file.config, verify=verify)
+        plan = _plan(file.config, server, verify=verify)
         notify(f"{file.path}: {plan.card.ref}")
         plans[file.config.name] = plan
     return list(plans.values())
@@ -111,7 +117,7 @@ def check(checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan(config: RunConfig, *, verify: bool) -> ModelPlan:
+def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
     # Not at the top: with torch behind it, it would make `serve status` slow.
     from eagleray.store.objects import ObjectStore
     from eagleray.store.registry import Registry
@@ -129,12 +135,17 @@ def _plan(config: RunConfig, *, verify: bool) -> ModelPlan:
         check(checkpoint)
     location = str(Path(config.store).resolve()) if store.is_local and "://" not in config.store else config.store
     card, columns = _card(stored.model_copy(update={"name": config.name}), checkpoint.version, config.code)
-    return ModelPlan(location, card, columns, config.serve, tuple(config.code))
+    return ModelPlan(location, card, columns, config.serve, tuple(config.code), server)
 
 
 def reference(config: RunConfig) -> str:
-    """Return the reference that a file serves: `serve.ref`, with the name in front where it has none."""
+    """Return what a file serves at its start: `serve.ref` or `serve.follow`, with the name in front."""
     ref = config.serve.ref
+    follow = config.serve.follow
+    if follow is not None:
+        # As plain names do, it means the latest where no evaluation ran.
+        selector = follow.removeprefix("@")
+        return config.name if selector == "best" else f"{config.name}@{selector}"
     if ref is None:
         return config.name
     if ref.startswith("@"):

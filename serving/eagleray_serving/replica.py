@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.applications import Starlette
 from starlette.responses import Response
 
 from eagleray_serving.answering import Asking
-from eagleray_serving.batched import BatchedEngine
+from eagleray_serving.board import RayNotes
 from eagleray_serving.gate import Gate
-from eagleray_serving.loading import load
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.service import ModelService
-from eagleray_serving.versions import Versions
+from eagleray_serving.version_loading import hold_versions
 
 
 class ModelReplica:
@@ -24,8 +25,9 @@ class ModelReplica:
 
     def __init__(self, plan: ModelPlan) -> None:
         keep_on_loopback()
-        first = BatchedEngine(load(plan, plan.card.ref), plan.serve)
-        self._versions = Versions(first, plan.serve.request_timeout_s)
+        self._versions, follower = hold_versions(plan, own_id(), RayNotes())
+        # The loop keeps no reference to a task that nobody awaits.
+        self._following = asyncio.get_running_loop().create_task(follower.run())
         gate = Gate(max_header_bytes=plan.serve.max_header_bytes, returns_ids=False)
         self._service = ModelService(plan.card, plan.columns, self._versions, plan.serve, gate)
 
@@ -36,3 +38,10 @@ class ModelReplica:
     async def hand_on(self, body: bytes, asking: Asking) -> Response:
         """Answer a request that reached the edge first."""
         return await self._service.respond(body, asking)
+
+
+def own_id() -> str:
+    """Return the id that Serve gave this replica."""
+    from ray import serve
+
+    return str(serve.get_replica_context().replica_id.unique_id)

@@ -194,7 +194,7 @@ def serve_here(
                 own_head(front, folder, limits, home.log_path(f"{options.id}-ray"), options.verbose)
             )
             stop.install()
-            _deploy(plans, front, options.ready_timeout_s)
+            _deploy(plans, front, options.ready_timeout_s, home.new_token_sha256(options.id))
             stack.callback(_drain, record.applications)
             record = home.update(record, "ready")
         on_ready(Served(record, front.kind, tuple(plans)))
@@ -264,7 +264,7 @@ def serve_there(
         kept = stack.enter_context(ExitStack())
         kept.callback(home.remove, record)
         kept.callback(delete, applications)
-        launch(plans, current_runtime_env())
+        launch(plans, current_runtime_env(), home.new_token_sha256(options.id))
         _wait(plans, url, options.ready_timeout_s)
         record = home.update(replace(record, pid=None, created=None) if detach else record, "ready")
         on_ready(Served(record, front, tuple(plans)))
@@ -282,11 +282,11 @@ def stop_there(record: ServerRecord, *, verbose: bool = False) -> None:
         delete(record.applications)
 
 
-def _deploy(plans: Sequence[ModelPlan], front: Front, ready_timeout_s: float) -> None:
+def _deploy(plans: Sequence[ModelPlan], front: Front, ready_timeout_s: float, token_sha256: str) -> None:
     from eagleray_serving.launch import launch, start_serve
 
     start_serve(front.host, front.ports.http, {})
-    launch(plans, None)
+    launch(plans, None, token_sha256)
     _wait(plans, front.url, ready_timeout_s)
 
 

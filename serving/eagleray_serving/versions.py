@@ -19,6 +19,7 @@ from eagleray_serving.answering import Answers, Asking, ItemFailure
 from eagleray_serving.figures import Figures
 from eagleray_serving.schema import WireError
 from eagleray_serving.split import Split
+from eagleray_serving.trial import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,14 @@ class Versions:
     Args:
         first: The version that answers at first.
         timeout_s: Time limit of a request: one that is given up after it counts as an error.
+        recorder: Keeps a handful of what the current version answers.
     """
 
-    def __init__(self, first: Loaded, timeout_s: float = 60.0) -> None:
+    def __init__(self, first: Loaded, timeout_s: float = 60.0, recorder: Recorder | None = None) -> None:
         self._held = {first.version: _Held(first)}
         self._split: Split | None = Split(first.version)
         self._timeout_s = timeout_s
+        self._recorder = recorder
         self._open = asyncio.Event()
         self._open.set()
 
@@ -131,7 +134,10 @@ class Versions:
         split = await self._current_split()
         chosen = split.choose(asking.request_id)
         if chosen == split.current:
-            return await self._ask(chosen, items, options, asking)
+            answers = await self._ask(chosen, items, options, asking)
+            if self._recorder is not None:
+                self._recorder.record(items, options, answers)
+            return answers
         with self._kept(split.current) as current:
             try:
                 answers = await self._ask(chosen, items, options, asking)

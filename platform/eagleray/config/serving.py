@@ -33,6 +33,24 @@ class ReplicaOptions(Section):
     num_gpus: NonNegativeFloat = Field(0.0, description="GPUs of one replica.")
 
 
+class RolloutConfig(Section):
+    """When a new version is refused, or taken back."""
+
+    max_score_drop: NonNegativeFloat | None = Field(
+        0.05,
+        description="How much worse a followed version's score may be than the current one's, as a share of it; "
+        "null: scores are not compared.",
+    )
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="Share of a canary's requests that may fail beyond those of the current version."
+    )
+    min_errors: PositiveInt = Field(5, description="Failures of a canary before it is judged.")
+    load_beside: bool = Field(
+        True,
+        description="Load a new version beside the current one where memory allows; false: replica by replica.",
+    )
+
+
 class ServeConfig(Section):
     """How the model is served."""
 
@@ -79,3 +97,21 @@ class ServeConfig(Section):
     max_new_tokens: PositiveInt | None = Field(
         None, description="Longest translation, in tokens; default: data.max_target_length."
     )
+    follow: Annotated[str, Field(pattern=r"^@?[a-z0-9][a-z0-9._-]{0,127}$")] | None = Field(
+        None,
+        description="Serve what this stands for, whenever it changes: latest, best, or an alias like production.",
+    )
+    follow_interval_s: Annotated[float, Field(ge=0.5, le=3600)] = Field(
+        3.0, description="Seconds between two looks at the followed reference."
+    )
+    rollout: RolloutConfig = Field(
+        default_factory=RolloutConfig, description="When a new version is refused, or taken back."
+    )
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.ref is not None and self.follow is not None:
+            raise ValueError(
+                f"ref {self.ref!r} pins a version and follow {self.follow!r} moves it: leave one of them out"
+            )
+        return self

@@ -17,6 +17,7 @@ from eagleray.store.aliases import (
     validate_alias,
 )
 from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.leases import leased_versions
 from eagleray.store.manifest import Manifest, manifest_key, version_name
 from eagleray.store.objects import ObjectStore
 from eagleray.store.records import write_record
@@ -178,7 +179,7 @@ class Registry:
     def apply_retention(
         self, name: str, limit: int, *, metric: str | None = None, greater_is_better: bool | None = None
     ) -> list[str]:
-        """Delete all but the newest versions; never the best one and never one that has an alias.
+        """Delete all but the newest versions; never the best one, one that has an alias or one that is served.
 
         Args:
             name: The model's name.
@@ -191,7 +192,11 @@ class Registry:
         """
         by = None if metric is None else (metric, bool(greater_is_better))
         deleted = []
-        for info in expendable_versions(self.versions(name), limit, by):
+        expendable = expendable_versions(self.versions(name), limit, by)
+        served = leased_versions(self.store, name) if expendable else set()
+        for info in expendable:
+            if info.version in served:
+                continue
             try:
                 self.delete(info.ref)
             except UsageError:

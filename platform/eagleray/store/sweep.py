@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eagleray.errors import CheckpointDamagedError, NotFoundError
 from eagleray.store.checkpoint import Checkpoint
+from eagleray.store.leases import LEASE_S, leases_dir
 from eagleray.store.manifest import manifest_key, version_dir
 from eagleray.store.objects import ObjectInfo, ObjectStore
 from eagleray.store.owner import beat_key
@@ -53,6 +54,7 @@ def sweep(store: ObjectStore, *, grace_s: float = GRACE_S, dry_run: bool = False
     for name in store.children("models"):
         for version in found_versions(store, name):
             swept += _sweep_version(store, name, version, limit, dry_run)
+        swept += _sweep_leases(store, name, min(limit, datetime.now(UTC) - timedelta(seconds=LEASE_S)), dry_run)
     for fingerprint in store.children("data"):
         swept += _sweep_data(store, f"data/{fingerprint}", limit, dry_run)
     swept += _sweep_staging(store, limit, dry_run)
@@ -102,6 +104,12 @@ def _is_owned(store: ObjectStore, name: str, version: str, limit: datetime) -> b
 def _modified(store: ObjectStore, key: str) -> datetime | None:
     folder = key.rsplit("/", 1)[0]
     return next((info.modified for info in store.list(folder) if info.key == key), None)
+
+
+def _sweep_leases(store: ObjectStore, name: str, limit: datetime, dry_run: bool) -> Iterator[Swept]:
+    for info in list(store.list(leases_dir(name))):
+        if info.modified <= limit:
+            yield _remove(store, info, "the server that held it is gone", dry_run)
 
 
 def _sweep_data(store: ObjectStore, base: str, limit: datetime, dry_run: bool) -> Iterator[Swept]:

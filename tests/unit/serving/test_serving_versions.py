@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from version_fakes import FakeLoaded, ask
 
-from eagleray_serving.answering import Answers, Asking, ItemFailure
+from eagleray_serving.answering import Answers, ItemFailure
 from eagleray_serving.figures import Figures, total
 from eagleray_serving.schema import WireError
 from eagleray_serving.split import Split, position
 from eagleray_serving.versions import Versions
-
-NOTHING: dict[str, Any] = {}
-
-
-class FakeLoaded:
-    """Answers with its version and the item; waits for `go`, if that is not set."""
-
-    def __init__(self, version: str, fault: Callable[[], Answers] | None = None) -> None:
-        self.version = version
-        self.go = asyncio.Event()
-        self.go.set()
-        self.closed = False
-        self._fault = fault
-
-    async def answer(
-        self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
-    ) -> Answers:
-        assert not self.closed
-        await self.go.wait()
-        if self._fault is not None:
-            return self._fault()
-        return Answers(self.version, [{"text": f"{self.version} {item['text']}"} for item in items])
-
-    async def close(self) -> None:
-        self.closed = True
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -46,10 +22,6 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
             await test()
 
     asyncio.run(limited())
-
-
-def ask(versions: Versions, id: str) -> Coroutine[Any, Any, Answers]:
-    return versions.answer([{"text": id}], NOTHING, Asking(id))
 
 
 def test_an_id_meets_the_same_version_on_every_replica_and_a_larger_canary_keeps_its_own() -> None:
