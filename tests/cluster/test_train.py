@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,40 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback_once(
     assert "[restart" not in done.stderr
     logs = Path(done.value["error"]["hint"].rsplit(" ", 1)[-1])
     assert any(logs.glob("worker-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", ["data_parallel_shard_degree", "tensor_parallel_degree"])
+def test_a_rank_that_hangs_ends_the_run_within_a_minute_with_where_all_ranks_were(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path, degree: str
+) -> None:
+    file, store = write_run(tmp_path, "slow_words:StuckWords"), tmp_path / "store"
+    changes = ("parallel.data_parallel_replicate_degree=1", f"parallel.{degree}=2")
+    limits = ("train.ddp_timeout=8", "train.max_failures=0")
+    done = command_line.run("train", file, *changes, *limits, "--address", ray_cluster.address, "--store", store)
+    second_step = (store / "runs/words/r1/metrics.jsonl").stat().st_mtime
+    assert time.time() - second_step < 60
+    assert (done.status, done.value["error"]["code"]) == (1, "worker")
+    first, waiting, hanging = done.value["error"]["message"].split("\n")
+    assert first == "rank 1 did not come to a collective in which rank 0 waited"
+    assert waiting.startswith("  rank 0: step 3, ") and "(waiting)" in waiting
+    assert hanging.startswith("  rank 1: step 3, ") and hanging.endswith("in loss") and "slow_words" in hanging
+    assert "train.ddp_timeout" in done.value["error"]["hint"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_module_that_the_layout_cannot_cut_is_refused_before_there_are_workers(
+    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path
+) -> None:
+    file = write_run(tmp_path, "text-classification")
+    degrees = ("parallel.data_parallel_replicate_degree=1", "parallel.tensor_parallel_degree=2")
+    model = "model={factory: 'slow_words.reader:build', tokenizer: {vocab_size: 300}}"
+    call = ("train", file, model, "--address", ray_cluster.address, "--store", tmp_path / "store")
+    done = command_line.run(*call, *degrees)
+    assert (done.status, done.value["error"]["code"]) == (2, "config")
+    assert "parallel.tensor_parallel_degree 2 does not divide heads 3" in done.value["error"]["message"]
+    assert "start workers" not in done.stderr
 
 
 def test_more_than_a_joined_cluster_has_is_refused_with_the_numbers(

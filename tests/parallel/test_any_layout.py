@@ -16,6 +16,7 @@ from training import (
     Outcome,
     checkpoint_tensors,
     checkpoint_weights_in_layout,
+    degrees_of,
     make_config,
     train,
 )
@@ -86,15 +87,6 @@ def workers(job: Job) -> int:
     parallel = job.config.parallel.model_dump()
     degrees = [parallel[key] for key in degrees_of(Layout())]
     return int(torch.tensor(degrees).prod())
-
-
-def degrees_of(layout: Layout) -> dict[str, int]:
-    return {
-        "data_parallel_replicate_degree": layout.replicate,
-        "data_parallel_shard_degree": layout.shard,
-        "tensor_parallel_degree": layout.tensor,
-        "pipeline_parallel_degree": layout.pipeline,
-    }
 
 
 def config_of(layout: str, optim: str) -> Any:

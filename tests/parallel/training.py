@@ -205,6 +205,7 @@ class Job:
         kill_at: (step, rank) at which that rank's process ends without a word.
         raise_at: (step, rank) at which that rank raises a `ValueError`.
         hang_at: (step, rank) at which that rank sleeps, longer than the others wait.
+        hang_in_save: Rank that sleeps so in the save of the last step.
         abandon_at: Step at which every rank raises `Abandoned`.
         nan_at: (step, rank) whose loss is NaN.
         infinite_gradient_at: (step, rank) whose loss is finite and its gradient is not.
@@ -222,6 +223,7 @@ class Job:
     kill_at: tuple[int, int] | None = None
     raise_at: tuple[int, int] | None = None
     hang_at: tuple[int, int] | None = None
+    hang_in_save: int | None = None
     abandon_at: int | None = None
     nan_at: tuple[int, int] | None = None
     infinite_gradient_at: tuple[int, int] | None = None
@@ -258,6 +260,14 @@ class Outcome:
     num_forwards: int
     num_prunes: int
     error: EaglerayError | None = None
+
+
+class HangingSaver(CheckpointSaver):
+    """A saver that comes back too late."""
+
+    def save(self, **save: Any) -> None:
+        time.sleep(HANG_S)
+        super().save(**save)
 
 
 class Abandoned(Exception):
@@ -317,7 +327,8 @@ def train(job: Job) -> Outcome:
     task = Recording(inner, job)
     task.step = job.resume_step or 0
     control = TestControl(job, task)
-    saver = CheckpointSaver(None, handle, layout=layout, config=job.config, timeout_s=20)
+    make_saver = CheckpointSaver if dist.get_rank() != job.hang_in_save else HangingSaver
+    saver = make_saver(None, handle, layout=layout, config=job.config, timeout_s=20)
     parts, prunes = _parts(job, task, processor, store, saver)
     spec = WorkerSpec(job.config, handle, "unused", layout, job.config.train.max_steps)  # type: ignore[union-attr,arg-type]
     result, raised = None, None
@@ -377,6 +388,16 @@ def checkpoint_weights_in_layout(job: Job) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(ObjectStore.open(job.folder), "tiny", version_name(1, job.resume_step))
     checkpoint.load_into({f"model.{name}": tensor for name, tensor in tensors.items()})
     return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def degrees_of(layout: Layout) -> dict[str, int]:
+    """Return the keys under `parallel` that make a layout."""
+    return {
+        "data_parallel_replicate_degree": layout.replicate,
+        "data_parallel_shard_degree": layout.shard,
+        "tensor_parallel_degree": layout.tensor,
+        "pipeline_parallel_degree": layout.pipeline,
+    }
 
 
 def layout_of(job: Job) -> Layout:

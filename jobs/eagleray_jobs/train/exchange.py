@@ -73,6 +73,10 @@ class Exchange:
             return Pending(values, None)
         return Pending(values, dist.all_reduce(values, group=self.group, async_op=True))
 
+    def meet(self) -> None:
+        """Wait for all ranks, at most for the group's timeout."""
+        self.sum([0.0])
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add a few numbers over all ranks."""
         total = torch.tensor(values, dtype=torch.float64)

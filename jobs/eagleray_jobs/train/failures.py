@@ -65,7 +65,10 @@ def _survives(error: EaglerayError) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Say whether a rank raised only because another one did not come, or went away."""
+    """Say whether a rank raised only because another one did not come, or went away.
+
+    What an error was raised from counts: torch's pipelines wrap whatever a stage raises.
+    """
     if isinstance(error, EaglerayError):
         return isinstance(error, PeersLostError)
     if isinstance(error, ConnectionError | RanksMissingError):
@@ -73,7 +76,9 @@ def is_lost_peer(error: BaseException) -> bool:
     names = {each.__name__ for each in type(error).__mro__}
     if names & {"DistBackendError", "DistNetworkError", "AcceleratorError"}:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST_PEER)
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST_PEER):
+        return True
+    return error.__cause__ is not None and is_lost_peer(error.__cause__)
 
 
 def find_fatal(failures: Sequence[RankFailure]) -> bool:
@@ -121,11 +126,16 @@ def _loss(failures: Sequence[RankFailure], dead: Sequence[int], waited: Sequence
     if dead or not any(failure.whereabouts for failure in failures):
         return WorkerError(_death(dead, waited), "Look for the kernel's out-of-memory killer and lost nodes.")
     fullest = max((failure.whereabouts for failure in failures), key=_num_answers)
-    missing = [each.world_rank for each in fullest if each.world_rank not in waited]
-    who = _ranks(missing) if missing else "a rank"
+    waiting = sorted({each.world_rank for each in fullest if each.waits} | set(waited))
+    missing = [each.world_rank for each in fullest if each.world_rank not in waiting]
     shown = "\n  ".join(map(str, fullest))
+    if not missing:
+        return WorkerError(
+            f"{_ranks(waiting)} waited for each other, each in another collective\n  {shown}",
+            "Every rank must call the same collectives in the same order: see the lines where they are.",
+        )
     return WorkerError(
-        f"{who} did not come to a collective in which {_ranks(waited)} waited\n  {shown}",
+        f"{_ranks(missing)} did not come to a collective in which {_ranks(waiting)} waited\n  {shown}",
         "What a rank does longer than train.ddp_timeout is taken for a hang: see the line where it is.",
     )
 

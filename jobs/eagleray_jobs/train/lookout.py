@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from types import FrameType, TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from eagleray_jobs.train.exchange import Exchange
-from eagleray_jobs.train.whereabouts import Whereabouts
+from eagleray_jobs.train.failures import is_lost_peer
+from eagleray_jobs.train.whereabouts import RanksMissingError, Whereabouts
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 3.0
+_MESSAGES = {"send", "recv", "isend", "irecv", "batch_isend_irecv"}
 
 
 class Lookout:
@@ -29,20 +30,19 @@ class Lookout:
     group twice a second and costs a step nothing.
 
     Args:
-        exchange: Between the ranks.
+        token: Names this run among those of the process group; the same on all ranks.
 
     Attributes:
         has_asked: Whether this rank lost another one and asked where everybody is.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._rank, self._world_size = exchange.rank, exchange.world_size
+    def __init__(self, token: str) -> None:
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._doing, self._thread_id = "start", threading.get_ident()
         self.has_asked = False
         self._closed = threading.Event()
         self._store: Any = None
         if self._world_size > 1:
-            token = exchange.broadcast(secrets.token_hex(4))
             self._store = PrefixStore(f"whereabouts-{token}", _default_store())
             threading.Thread(target=self._watch, name="lookout", daemon=True).start()
 
@@ -56,7 +56,7 @@ class Lookout:
         if self._store is None:
             return ()
         self._closed.set()
-        here = Whereabouts(self._rank, self._doing, last_collective(), _line_of_error(error.__traceback__))
+        here = self._here(traceback.extract_tb(error.__traceback__), has_lost=True)
         try:
             self._answer(here)
             self._store.set("asked", b"1")
@@ -72,11 +72,18 @@ class Lookout:
         try:
             while not self._closed.wait(POLL_S):
                 if self._store.check(["asked"]):
-                    line = _line(sys._current_frames().get(self._thread_id))
-                    self._answer(Whereabouts(self._rank, self._doing, last_collective(), line))
+                    frame = sys._current_frames().get(self._thread_id)
+                    self._answer(self._here(traceback.extract_stack(frame), has_lost=False))
                     return
         except RuntimeError:
             return  # the store went away with its process: nobody can ask
+
+    def _here(self, stack: traceback.StackSummary, *, has_lost: bool) -> Whereabouts:
+        collective, waits = last_collective()
+        if _is_message(stack):  # gloo's recorder knows nothing of what the stages of a pipeline send
+            collective, waits = f"a send or receive after {collective or 'the start'}", True
+        # A collective that failed may be retired like one that is done.
+        return Whereabouts(self._rank, self._doing, collective, waits or has_lost, _own_line(stack))
 
     def _answer(self, here: Whereabouts) -> None:
         self._store.set(f"rank{self._rank}", json.dumps(asdict(here)))
@@ -93,17 +100,40 @@ class Lookout:
         )
 
 
-def last_collective() -> str | None:
-    """Describe the last collective of this process, from torch's flight recorders; None: they have nothing."""
+@contextmanager
+def watched(lookout: Lookout) -> Iterator[None]:
+    """Turn the loss of another rank into an error that says where all of them are.
+
+    Raises:
+        RanksMissingError: Another rank did not come in time, or went away.
+    """
+    try:
+        yield
+    except RanksMissingError:
+        raise
+    except Exception as error:
+        if not is_lost_peer(error):
+            raise
+        raise RanksMissingError(str(error), lookout.ask(error)) from error
+
+
+def last_collective() -> tuple[str | None, bool]:
+    """Describe the last collective of this process, from torch's flight recorders, and say whether it still waits.
+
+    None: the recorders have nothing.
+    """
     from torch._C import _distributed_c10d as c10d
 
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, str, bool]] = []
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where there is one
         dump = getattr(c10d, name, None)
         recorded: dict[str, Any] = json.loads(dump()) if dump is not None else {}
         if entries := recorded.get("entries"):
-            found.append((entries[-1]["time_created_ns"], _describe(entries[-1], recorded.get("pg_config", {}))))
-    return max(found)[1] if found else None
+            last = entries[-1]
+            # What gloo has done is retired, and its state stays "scheduled".
+            waits = not last["retired"] and last["state"] != "completed"
+            found.append((last["time_created_ns"], _describe(last, recorded.get("pg_config", {})), waits))
+    return max(found)[1:] if found else (None, False)
 
 
 def _describe(entry: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
@@ -112,9 +142,7 @@ def _describe(entry: Mapping[str, Any], groups: Mapping[str, Any]) -> str:
     group, description = entry["process_group"]
     ranks = groups.get(group, {}).get("ranks")
     known = description if description not in ("", "undefined", "default_pg") else group
-    where = f"group {known}" + (f" {ranks}" if ranks and ranks != "[]" else "")
-    state = "done" if entry["state"] == "completed" else "waiting"
-    return f"{name} {number} of {where} ({state})"
+    return f"{name} {number} of group {known}" + (f" {ranks}" if ranks and ranks != "[]" else "")
 
 
 def _default_store() -> Any:
@@ -125,14 +153,11 @@ def _default_store() -> Any:
     return store.clone() if hasattr(store, "clone") else store
 
 
-def _line(frame: FrameType | None) -> str | None:
-    return None if frame is None else _innermost(traceback.extract_stack(frame))
+def _is_message(stack: traceback.StackSummary) -> bool:
+    """Say whether a rank waits for a neighbour in the pipeline, by where it is in torch."""
+    return bool(stack) and ("/torch/distributed/pipelining/" in stack[-1].filename or stack[-1].name in _MESSAGES)
 
 
-def _line_of_error(trace: TracebackType | None) -> str | None:
-    return _innermost(traceback.extract_tb(trace))
-
-
-def _innermost(stack: traceback.StackSummary) -> str | None:
+def _own_line(stack: traceback.StackSummary) -> str | None:
     own = [frame for frame in stack if "/torch/" not in frame.filename]
     return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
@@ -29,8 +30,7 @@ from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
 from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
-from eagleray_jobs.train.failures import is_lost_peer
-from eagleray_jobs.train.lookout import Lookout
+from eagleray_jobs.train.lookout import Lookout, watched
 from eagleray_jobs.train.metrics import MetricWriter, Throughput, memory_bytes
 from eagleray_jobs.train.optimizer import build_optimizer
 from eagleray_jobs.train.parts import Parts
@@ -42,7 +42,6 @@ from eagleray_jobs.train.schedule import learning_rate
 from eagleray_jobs.train.spec import Control, LoopResult, MetricRecord, WorkerSpec
 from eagleray_jobs.train.state import TrainState
 from eagleray_jobs.train.step import StepResult, TrainStep
-from eagleray_jobs.train.whereabouts import RanksMissingError
 
 
 def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
@@ -57,13 +56,9 @@ def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
         FencedError: The run was taken over by another owner.
         RanksMissingError: Another rank did not come within `train.ddp_timeout`, or went away; with where all are.
     """
-    with closing(Lookout(parts.exchange)) as lookout, ExitStack() as opened:
-        try:
-            return opened.enter_context(closing(_Loop(spec, parts, control, lookout))).run()
-        except Exception as error:
-            if not is_lost_peer(error):
-                raise
-            raise RanksMissingError(str(error), lookout.ask(error)) from error
+    lookout = parts.lookout or Lookout(parts.exchange.broadcast(secrets.token_hex(4)))
+    with closing(lookout), ExitStack() as opened, watched(lookout):  # asked before the loop is closed
+        return opened.enter_context(closing(_Loop(spec, parts, control, lookout))).run()
 
 
 class _Loop:
@@ -99,7 +94,8 @@ class _Loop:
         self.evaluator = _build_evaluator(config, parts, answers, self.exchange)
         self.is_first = self.exchange.rank == 0
         last_ref = parts.resume.ref if parts.resume is not None else None
-        self.saves = Saves(parts.saver, control, last_ref, parts.prune if self.is_first else None)
+        prune = parts.prune if self.is_first else None
+        self.saves = Saves(parts.saver, control, last_ref, prune, self.exchange.meet)
         self.throughput = Throughput()
         self.metrics: MetricWriter | None = None
 
@@ -126,6 +122,7 @@ class _Loop:
                     self.save(progress)
                 self.profile.end(progress.step)
         self.profile.finish()
+        self.lookout.doing("end")
         self.saves.finish()
         return LoopResult(
             outcome, progress.step, self.saves.last_ref, progress.scores, progress.best_score, progress.best_step

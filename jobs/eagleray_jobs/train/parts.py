@@ -36,6 +36,7 @@ from eagleray_jobs.data.dataset import PreparedData
 from eagleray_jobs.train.batches import Rows
 from eagleray_jobs.train.evaluation import ScoredRows
 from eagleray_jobs.train.exchange import Exchange
+from eagleray_jobs.train.lookout import Lookout
 from eagleray_jobs.train.metrics import FILE_NAME, JsonlFile, JsonlSegments, MetricSink, TensorBoardFiles
 from eagleray_jobs.train.probe import Probe
 from eagleray_jobs.train.progress import Goal
@@ -67,6 +68,7 @@ class Parts:
         sinks: Makes the places that metrics go to, given the step that the run goes on from; used on rank 0.
         prune: Applies `train.save_total_limit`, on rank 0.
         probe: Sees what is trained, and the gradients of every step.
+        lookout: Tells the other ranks where this one is; None: the loop makes one.
     """
 
     model: nn.Module
@@ -84,10 +86,15 @@ class Parts:
     sinks: Sinks = lambda step: ()
     prune: Callable[[], object] | None = None
     probe: Probe | None = None
+    lookout: Lookout | None = None
 
 
 def assemble(
-    spec: WorkerSpec, device: torch.device, *, extra_sinks: Callable[[], Sequence[MetricSink]] = tuple
+    spec: WorkerSpec,
+    device: torch.device,
+    *,
+    extra_sinks: Callable[[], Sequence[MetricSink]] = tuple,
+    lookout: Lookout | None = None,
 ) -> Parts:
     """Open the data, build the model and find the version to go on from; called by all ranks together.
 
@@ -95,6 +102,7 @@ def assemble(
         spec: What the driver told the workers.
         device: Where this rank computes.
         extra_sinks: Makes further places for metrics, on rank 0.
+        lookout: Tells the other ranks where this one is.
 
     Raises:
         ConfigError: The file asks for what the device or this version cannot do.
@@ -130,6 +138,7 @@ def assemble(
         resume=resume,
         sinks=partial(make_sinks, spec, extra_sinks),
         prune=_retention(spec),
+        lookout=lookout,
     )
 
 

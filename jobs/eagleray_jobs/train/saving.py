@@ -65,14 +65,22 @@ class Saves:
         control: Learns of every result.
         last_ref: The version that the run goes on from.
         prune: Applies `train.save_total_limit`, on rank 0 in a thread; None elsewhere.
+        meet: Waits for all ranks, with the timeout of a step. A save is waited for as long as a store may take:
+            who does not even come to wait is missed before.
     """
 
     def __init__(
-        self, saver: Saver, control: Control, last_ref: str | None, prune: Callable[[], object] | None
+        self,
+        saver: Saver,
+        control: Control,
+        last_ref: str | None,
+        prune: Callable[[], object] | None,
+        meet: Callable[[], object],
     ) -> None:
         self._saver = saver
         self._control = control
         self._prune = prune
+        self._meet = meet
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._num_started = 0
         self._num_finished = 0
@@ -96,8 +104,7 @@ class Saves:
         before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Begin a save; one that is in flight is waited for and settled first."""
-        self._collect(self._saver.wait())
-        self.settle(any_in_flight=False)
+        self.finish()
         self._saver.save(
             step=step, tensors=tensors, files=files, state=state, metrics=metrics, before_commit=before_commit
         )
@@ -113,6 +120,8 @@ class Saves:
 
     def finish(self) -> None:
         """Wait for the last save and act on it."""
+        if self._num_started:
+            self._meet()
         self._collect(self._saver.wait())
         self.settle(any_in_flight=False)
 

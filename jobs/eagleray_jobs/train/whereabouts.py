@@ -12,19 +12,23 @@ class Whereabouts:
     Attributes:
         world_rank: The rank.
         doing: What its loop does, `step 5`; None: it gave no sign of life.
-        collective: The last collective that it entered, and whether it came back.
+        collective: The last collective that it entered.
+        waits: Whether it is still in there, waiting for other ranks.
         line: Where it is in Python, torch's own code left out.
     """
 
     world_rank: int
     doing: str | None
     collective: str | None = None
+    waits: bool = False
     line: str | None = None
 
     def __str__(self) -> str:
         if self.doing is None:
             return f"rank {self.world_rank}: gave no sign of life"
-        parts = [f"rank {self.world_rank}: {self.doing}", self.collective, self.line and f"at {self.line}"]
+        state = "waiting" if self.waits else "done"
+        collective = self.collective and f"{self.collective} ({state})"
+        parts = [f"rank {self.world_rank}: {self.doing}", collective, self.line and f"at {self.line}"]
         return ", ".join(part for part in parts if part)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,23 @@ def train_on_worker(payload: dict[str, Any]) -> None:
 def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult:
     from ray.train.torch import get_device
 
+    from eagleray_jobs.train.lookout import Lookout, watched
     from eagleray_jobs.train.loop import run_loop
     from eagleray_jobs.train.parts import assemble
 
     _use_local_code(spec.config.code)
     _set_threads()
-    check_shared(spec.run)
-    if rank == 0:
-        board.post.remote(Phase("load model", restarts))
-    with WorkerControl(board, spec.run, rank, restarts) as control:
-        parts = assemble(spec, get_device(), extra_sinks=lambda: [RayMetrics(spec.config.name)])
+    with (
+        closing(Lookout(spec.run.attempt)) as lookout,
+        watched(lookout),
+        WorkerControl(board, spec.run, rank, restarts) as control,
+    ):
+        lookout.doing("look at the store")
+        check_shared(spec.run)
+        lookout.doing("load model")
+        if rank == 0:
+            board.post.remote(Phase("load model", restarts))
+        parts = assemble(spec, get_device(), extra_sinks=lambda: [RayMetrics(spec.config.name)], lookout=lookout)
         return run_loop(spec, parts, control)
 
 

@@ -63,8 +63,8 @@ def test_a_death_names_the_rank_that_died_and_those_that_noticed() -> None:
 
 
 def test_a_rank_that_did_not_come_is_named_with_where_all_of_them_were() -> None:
-    here = Whereabouts(0, "step 7", "all_reduce 3 of group tp [0, 1, 2] (waiting)", "loop.py:9 in run")
-    there, silent = Whereabouts(1, "step 7", None, "task.py:5 in loss"), Whereabouts(2, None)
+    here = Whereabouts(0, "step 7", "all_reduce 3 of group tp [0, 1, 2]", waits=True, line="loop.py:9 in run")
+    there, silent = Whereabouts(1, "step 7", None, line="task.py:5 in loss"), Whereabouts(2, None)
     few = raised(0, RanksMissingError("timed out", (here,)))
     full = raised(3, RanksMissingError("timed out", (here, there, silent)))
     assert few.lost_peer and not find_fatal([few, full])
@@ -79,8 +79,44 @@ def test_a_rank_that_did_not_come_is_named_with_where_all_of_them_were() -> None
     assert merge([full], dead=[1]).message == "the process of rank 1 died; rank 3 noticed"
 
 
+def test_a_rank_that_still_waits_is_none_that_did_not_come() -> None:
+    ends = "all_reduce 3 of group tp"
+    waiting = tuple(Whereabouts(rank, "step 7", ends, waits=True) for rank in (0, 1))
+    hanging = Whereabouts(2, "step 7", ends, line="task.py:5 in loss")
+    error = merge([raised(0, RanksMissingError("timed out", (*waiting, hanging)))])
+    assert error.message.split("\n") == [
+        "rank 2 did not come to a collective in which ranks 0, 1 waited",
+        "  rank 0: step 7, all_reduce 3 of group tp (waiting)",
+        "  rank 1: step 7, all_reduce 3 of group tp (waiting)",
+        "  rank 2: step 7, all_reduce 3 of group tp (done), at task.py:5 in loss",
+    ]
+
+
+def test_ranks_that_wait_for_each_other_are_told_to_call_the_same() -> None:
+    waiting = (
+        Whereabouts(0, "step 7", "broadcast 4 of group dp", waits=True),
+        Whereabouts(1, "step 7", "all_reduce 4 of group dp", waits=True),
+    )
+    error = merge([raised(0, RanksMissingError("timed out", waiting))])
+    assert error.message.startswith(
+        "ranks 0, 1 waited for each other, each in another collective\n  rank 0: step 7"
+    )
+    assert error.hint is not None and "the same order" in error.hint
+
+
 def test_ranks_that_lost_others_in_a_save_only_waited() -> None:
     assert not find_fatal([raised(0, PeersLostError("a rank did not take part in the save"))])
+
+
+def test_a_pipeline_that_wraps_the_loss_of_a_rank_only_waited() -> None:
+    try:
+        try:
+            raise RuntimeError("gloo: Timed out waiting 8000ms for recv operation to complete")
+        except RuntimeError as lost:
+            raise RuntimeError("[Stage 0] failed to run forward") from lost
+    except RuntimeError as error:
+        assert RankFailure.of(0, error).lost_peer
+    assert not raised(0, RuntimeError("[Stage 0] failed to run forward")).lost_peer
 
 
 def test_a_failure_survives_pickling_whatever_was_raised() -> None:

@@ -29,3 +29,15 @@ class BrokenWords(SlowWords):
         if dist.get_rank() == 1:
             raise KeyError("no such word")
         return super().loss(model, batch)
+
+
+class StuckWords(SlowWords):
+    """Hang on rank 1 alone, in the third step."""
+
+    num_losses = 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        self.num_losses += model.training
+        if dist.get_rank() == 1 and self.num_losses == 3:
+            time.sleep(3600)
+        return super().loss(model, batch)
