@@ -174,22 +174,23 @@ class _Driver:
             return run_with_ray(encode, pieces)
 
         prepared = prepare(self.config, task, self.store, run_pieces, self.view.note, self.source)
-        self._show_cut(task.load_processor(prepared.processor_files))
+        self._check_layout(task.load_processor(prepared.processor_files))
         max_steps = num_steps(self.train_config, len(prepared.split("train")))
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
         profile: Literal["collectives"] | None = "collectives" if self.options.profile else None
         return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps, profile)
 
-    def _show_cut(self, processor: Processor) -> None:
-        """Show the stages of a pipeline before there are workers, and refuse what cannot be cut."""
-        if self.layout.pipeline == 1:
+    def _check_layout(self, processor: Processor) -> None:
+        """Refuse before there are workers what the model cannot be cut by, and show the stages of a pipeline."""
+        if self.layout.tensor == self.layout.pipeline == 1:
             return
         model, _ = build_unfilled(self.config, processor)
         plan, options = parallel_plan(model), ParallelOptions.of(self.config)
         check_layout(model, self.layout, plan, options)
-        cut = cut_model(model, self.layout, plan, options)
-        for line in describe_cut(model, plan, cut, options.length):
-            self.view.note(f"pipeline: {line}")
+        if self.layout.pipeline > 1:
+            cut = cut_model(model, self.layout, plan, options)
+            for line in describe_cut(model, plan, cut, options.length):
+                self.view.note(f"pipeline: {line}")
 
     def _fit(self, claim: RunClaim, cluster: Cluster, spec: WorkerSpec, request: ResourceRequest) -> LoopResult:
         board = open_board(cluster.node_id())

@@ -1,4 +1,4 @@
-"""Whether a layout can cut a model whose sizes are known before anything is built: families, local checkpoints."""
+"""Whether a layout can cut a model whose sizes are known before anything is built: families, checkpoints here."""
 
 from __future__ import annotations
 
@@ -38,23 +38,58 @@ SIZES: Mapping[str, Sizes] = {
     "vit": Sizes(("num_attention_heads", "intermediate_size"), ("num_hidden_layers",)),
 }
 
+_OTHER_HEADS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What a `base_model_tp_plan` cuts, in models of no family here."""
+
 _STAGES_PER_RANK = {"Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 
 
 def cutting_problem(config: RunConfig, layout: Layout) -> Problem | None:
     """Return why a layout cannot cut a file's model, with the numbers; None where it can, or nobody knows yet."""
-    known = _settings(config)
-    if known is None:
+    if layout.tensor == layout.pipeline == 1:
         return None
+    uneven = _uneven_micro_batches(config, layout)
+    known = None if uneven else _settings(config)
+    if known is None:
+        return uneven
     family, values = known
-    sizes = SIZES[family]
+    sizes = SIZES.get(family, Sizes(_OTHER_HEADS, ()))
     numbers = {key: values[key] for key in sizes.heads if isinstance(values.get(key), int)}
     odd = {key: number for key, number in numbers.items() if number % layout.tensor}
     if odd:
         shown = " and ".join(f"{key} {value}" for key, value in odd.items())
         key = ("parallel", "tensor_parallel_degree")
         return Problem(key, f"{'.'.join(key)} {layout.tensor} does not divide {shown} of the {family} model")
+    if family not in SIZES and layout.pipeline > 1:
+        key = ("parallel", "pipeline_parallel_degree")
+        of = ", ".join(SIZES)
+        return Problem(key, f"{'.'.join(key)} is {layout.pipeline}, but stages are made of {of}, not of {family}")
     return _too_many_stages(config, layout, [values.get(key) for key in sizes.layers])
+
+
+def uneven_micro_batches(global_batch_size: int, layout: Layout, num_microbatches: int) -> tuple[str, str] | None:
+    """Return message and hint where a pipeline cannot cut a global batch into equal micro-batches."""
+    parts = layout.num_data_ranks * num_microbatches
+    if layout.pipeline == 1 or global_batch_size % parts == 0:
+        return None
+    return (
+        f"train.global_batch_size {global_batch_size} over {layout.num_data_ranks} data-parallel ranks does "
+        f"not make {num_microbatches} equal micro-batches for the pipeline",
+        f"use a multiple of {parts}, or change parallel.num_microbatches",
+    )
+
+
+def micro_batches(layout: Layout, num_microbatches: int | None) -> int:
+    """Return the parts in which a data-parallel rank's rows go through the pipeline."""
+    return num_microbatches or 2 * layout.pipeline
+
+
+def _uneven_micro_batches(config: RunConfig, layout: Layout) -> Problem | None:
+    if config.train is None:
+        return None
+    number = micro_batches(layout, config.parallel.num_microbatches)
+    found = uneven_micro_batches(config.train.global_batch_size, layout, number)
+    return Problem(("train", "global_batch_size"), "; ".join(found)) if found else None
 
 
 def _too_many_stages(config: RunConfig, layout: Layout, layers: list[Any]) -> Problem | None:
@@ -78,15 +113,30 @@ def _settings(config: RunConfig) -> tuple[str, Mapping[str, Any]] | None:
         return config.model.family, values | _symmetric(values)
     if config.model.pretrained is None:
         return None
-    path = Path(config.model.pretrained).expanduser() / "config.json"
+    path = _find_config(config.model.pretrained, config.model.revision)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
     except (OSError, ValueError):
-        return None  # a hub id, or a directory that is refused where it is opened
-    if not isinstance(found, dict) or found.get("model_type") not in SIZES:
+        return None  # a directory that is refused where it is opened
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         return None
     values = {**found, **config.model.config}
-    return str(found["model_type"]), values | _symmetric(values)
+    return found["model_type"], values | _symmetric(values)
+
+
+def _find_config(pretrained: str, revision: str | None) -> Path | None:
+    """Return the `config.json` of a directory, or of a hub id that was fetched before; nothing is fetched."""
+    directory = Path(pretrained).expanduser()
+    if directory.is_dir():
+        return directory / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(pretrained, "config.json", revision=revision)
+    except HFValidationError:
+        return None  # neither a directory nor a hub id: refused where it is opened
+    return Path(found) if isinstance(found, str) else None
 
 
 def _symmetric(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from eagleray.config.cutting import micro_batches, uneven_micro_batches
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.local import Fill, materialize
 from eagleray.parallel.options import ParallelOptions
-from eagleray.parallel.pipeline import Pipeline, check_sharded_stages, cut_model, micro_batches
+from eagleray.parallel.pipeline import Pipeline, check_sharded_stages, cut_model
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
 from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
@@ -30,13 +31,9 @@ def check_supported(layout: Layout, options: ParallelOptions, global_batch_size:
     Raises:
         ConfigError: It cannot; with the numbers.
     """
-    parts = layout.num_data_ranks * micro_batches(layout, options)
-    if layout.pipeline > 1 and global_batch_size % parts:
-        raise ConfigError(
-            f"train.global_batch_size {global_batch_size} over {layout.num_data_ranks} data-parallel ranks does "
-            f"not make {micro_batches(layout, options)} equal micro-batches for the pipeline",
-            f"use a multiple of {parts}, or change parallel.num_microbatches",
-        )
+    number = micro_batches(layout, options.num_microbatches)
+    if uneven := uneven_micro_batches(global_batch_size, layout, number):
+        raise ConfigError(*uneven)
 
 
 def check_device(options: ParallelOptions, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import get_schedule_class
 
+from eagleray.config.cutting import micro_batches
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
 from eagleray.parallel.cut import cut_layers, estimate_costs
@@ -54,11 +55,6 @@ def stage_numbers(schedule: str, rank: int, num_ranks: int) -> list[int]:
     if schedule == "ZBVZeroBubble":
         return [rank, 2 * num_ranks - 1 - rank]
     return [rank, rank + num_ranks]
-
-
-def micro_batches(layout: Layout, options: ParallelOptions) -> int:
-    """Return the parts in which a data-parallel rank's rows go through the pipeline."""
-    return options.num_microbatches or 2 * layout.pipeline
 
 
 def cut_model(model: nn.Module, layout: Layout, plan: ParallelPlan, options: ParallelOptions) -> list[range]:
@@ -156,7 +152,7 @@ class Pipeline(nn.Module):
         self.cut = cut_model(model, layout, plan, options)
         self._group = mesh.get_group("pp")
         self._device, self._options, self._loss = device, options, loss
-        self.num_micro_batches = micro_batches(layout, options)
+        self.num_micro_batches = micro_batches(layout, options.num_microbatches)
         self.numbers = stage_numbers(options.schedule, self._group.rank(), layout.pipeline)
         self.stages = nn.ModuleList(
             Stage(copy.deepcopy(model), plan, self.cut[number], loss) for number in self.numbers

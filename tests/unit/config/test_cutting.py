@@ -65,11 +65,52 @@ def test_a_layout_that_fits_is_no_problem() -> None:
     assert messages({"family": "bert"}, data_parallel_shard_degree=3) == []
 
 
-def test_a_local_checkpoint_is_looked_into_and_a_hub_id_is_not(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "distilbert", "n_heads": 12, "hidden_dim": 3072})
-    )
-    (found,) = messages({"pretrained": str(tmp_path)}, tensor_parallel_degree=5)
+def checkpoint(directory: Path, model_type: str, **numbers: int) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, **numbers}))
+    return directory
+
+
+def test_a_local_checkpoint_is_looked_into(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "distilbert", n_heads=12, hidden_dim=3072)
+    (found,) = messages({"pretrained": str(path)}, tensor_parallel_degree=5)
     assert "5 does not divide n_heads 12 and hidden_dim 3072 of the distilbert model" in found
-    assert messages({"pretrained": str(tmp_path)}, tensor_parallel_degree=4) == []
+    assert messages({"pretrained": str(path)}, tensor_parallel_degree=4) == []
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_and_fetched_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert messages({"pretrained": "org/model"}, tensor_parallel_degree=5) == []
+    cached = tmp_path / "models--org--model"
+    checkpoint(cached / "snapshots" / "abc", "distilbert", n_heads=12, hidden_dim=3072)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    (found,) = messages({"pretrained": "org/model"}, tensor_parallel_degree=5)
+    assert "5 does not divide n_heads 12 and hidden_dim 3072 of the distilbert model" in found
+    assert messages({"pretrained": "no hub id"}, tensor_parallel_degree=5) == []
+
+
+def test_a_checkpoint_of_no_family_is_cut_by_its_heads_and_into_no_stages(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "qwen3", num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072)
+    assert messages({"pretrained": str(path)}, tensor_parallel_degree=8) == []
+    (found,) = messages({"pretrained": str(path)}, tensor_parallel_degree=16)
+    assert "16 does not divide num_key_value_heads 8 of the qwen3 model" in found
+    (found,) = messages({"pretrained": str(path)}, pipeline_parallel_degree=2)
+    assert "stages are made of marian, t5, bert, distilbert, vit, not of qwen3" in found
+
+
+def test_a_global_batch_that_makes_no_equal_micro_batches_is_refused_with_the_numbers() -> None:
+    sections = {
+        "name": "x",
+        "task": "translation",
+        "model": {"family": "marian"},
+        "data": {"train": "rows.jsonl"},
+        "train": {"max_steps": 1, "global_batch_size": 60},
+        "parallel": {"pipeline_parallel_degree": 2, "data_parallel_replicate_degree": 2},
+    }
+    (found,) = cross_problems(RunConfig.model_validate(sections))
+    assert found.message.startswith("train.global_batch_size 60 over 2 data-parallel ranks does not make 4 equal")
+    assert "use a multiple of 8" in found.message
+    assert cross_problems(RunConfig.model_validate(sections | {"train": {"max_steps": 1}})) == []
