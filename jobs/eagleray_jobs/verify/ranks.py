@@ -27,6 +27,9 @@ GRACE_S = 5.0
 """Time for the other ranks to raise the same after one has raised: those that wait for it would wait in vain."""
 END_TIMEOUT_S = 10.0
 
+PRELOADED = ["torch.distributed.fsdp", "transformers.modeling_utils", "eagleray_jobs.verify.rank"]
+"""Imported once by the server that ranks are forked from: each rank would spend a second of CPU on them."""
+
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -106,7 +109,7 @@ class RankGroup:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "eagleray_jobs.verify.rank"])
+        context.set_forkserver_preload(PRELOADED)
         self._rendezvous = tempfile.TemporaryDirectory(prefix="eagleray-ranks-")
         path = Path(self._rendezvous.name) / "rendezvous"
         for rank in range(self.world_size):
