@@ -188,6 +188,8 @@ def as_markdown() -> str:
         cells = ["yes" if number is None else f"no ({number})" for number in numbers]
         lines.append(f"| {layouts} | {', '.join(schedules)} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {refusal.reason}" for number, refusal in enumerate(REFUSED, 1))]
+    trained = count_trained(CELLS)
+    lines += ["", f"{len(CELLS)} cells: {trained} are trained, {len(CELLS) - trained} refused with that reason."]
     return "\n".join(lines)
 
 
