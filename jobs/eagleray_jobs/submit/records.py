@@ -4,7 +4,8 @@
 
     jobs/<id>/submitted.json   what was asked for, by whom, on which cluster: written before the job is submitted
               started.json     the job runs: written by the job itself
-              end.json         how it ended: written by the job itself, or by whoever found that it had died
+              end.json         how it ended: written by the job itself
+              lost.json        that it had died: written by whoever found it so; end.json goes before it
               log.txt          the end of its log
 """
 
@@ -56,6 +57,7 @@ class JobRecord:
         submitted: Time.
         details: Who submitted it from where, the versions, the files.
         started: Time; None before it started.
+        process: Host and number of the process that it is.
         ended: Time; None before it ended.
         end: How it ended.
     """
@@ -68,6 +70,7 @@ class JobRecord:
     submitted: str = ""
     details: dict[str, Any] = field(default_factory=dict)
     started: str | None = None
+    process: tuple[str, int] | None = None
     ended: str | None = None
     end: JobEnd | None = None
 
@@ -113,6 +116,11 @@ class JobRecords:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
+    @property
+    def store(self) -> ObjectStore:
+        """Where they are."""
+        return self._store
+
     def submit(self, record: JobRecord) -> None:
         """Write that a job is about to be submitted.
 
@@ -135,14 +143,11 @@ class JobRecords:
 
     def finish(self, job_id: str, end: JobEnd) -> None:
         """Write how a job ended; who comes second changes nothing."""
-        values = {
-            "outcome": end.outcome,
-            "exit_status": end.exit_status,
-            "message": end.message,
-            "hint": end.hint,
-            "result": end.result,
-        }
-        self._create(job_id, "end.json", values)
+        self._create(job_id, "end.json", _values(end))
+
+    def bury(self, job_id: str, end: JobEnd) -> None:
+        """Write that a job was found to be dead; should it live, its own word goes before this one."""
+        self._create(job_id, "lost.json", _values(end))
 
     def put_log(self, job_id: str, data: bytes) -> None:
         """Keep the end of a job's log."""
@@ -167,7 +172,8 @@ class JobRecords:
                 f"there is no job {job_id} in the store {self._store.location}",
                 "See `eagleray jobs list`; --store names the store that the job was submitted with.",
             )
-        started, ended = self._read(job_id, "started.json"), self._read(job_id, "end.json")
+        started = self._read(job_id, "started.json")
+        ended = self._read(job_id, "end.json") or self._read(job_id, "lost.json")
         known = ("id", "verb", "name", "arguments", "address", "created", "nonce")
         return JobRecord(
             id=job_id,
@@ -178,6 +184,7 @@ class JobRecords:
             submitted=submitted["created"],
             details={key: value for key, value in submitted.items() if key not in known},
             started=started["created"] if started else None,
+            process=(started["host"], started["pid"]) if started and "pid" in started else None,
             ended=ended["created"] if ended else None,
             end=_end(ended) if ended else None,
         )
@@ -202,6 +209,16 @@ class JobRecords:
     @staticmethod
     def _key(job_id: str, name: str) -> str:
         return f"jobs/{validate_name(job_id)}/{name}"
+
+
+def _values(end: JobEnd) -> dict[str, Any]:
+    return {
+        "outcome": end.outcome,
+        "exit_status": end.exit_status,
+        "message": end.message,
+        "hint": end.hint,
+        "result": end.result,
+    }
 
 
 def _end(values: Mapping[str, Any]) -> JobEnd:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import eagleray
 from eagleray.errors import EaglerayError, RunFailedError, UsageError
+from eagleray.store.owner import DEFAULT_TIMING, Timing
 from eagleray_jobs.submit.api import JobsApi
+from eagleray_jobs.submit.lost import stop_through_store
 from eagleray_jobs.submit.parcel import STOP_WAIT_S, Parcel, entrypoint, environment
 from eagleray_jobs.submit.records import JobEnd, JobRecord, JobRecords, RayJob, State, decide_state
 
@@ -40,10 +42,14 @@ class Jobs:
         records: Our own records.
         open_api: Opens the Jobs API of an address; raises `UsageError` where nothing answers.
         address: Where to ask instead of the address that a record holds.
+        timing: Of watching a run whose cluster does not answer.
     """
 
-    def __init__(self, records: JobRecords, open_api: Open, address: str | None = None) -> None:
+    def __init__(
+        self, records: JobRecords, open_api: Open, address: str | None = None, timing: Timing = DEFAULT_TIMING
+    ) -> None:
         self._records = records
+        self._timing = timing
         self._open_api = open_api
         self._address = address
         self._opened: dict[str, JobsApi | UsageError] = {}
@@ -81,15 +87,22 @@ class Jobs:
     def stop(self, job_id: str, notify: Callable[[str], None]) -> FoundJob:
         """Ask a job to commit and stop, and return when it has ended.
 
+        Where its cluster does not answer, a run that lives is asked through the store; one that does not is
+        recorded as dead.
+
         Raises:
             RunFailedError: It had not ended after its time to stop.
-            UsageError: Its cluster does not answer.
         """
         found = self.find(job_id)
         if found.record.end is not None:
             return found
-        self._api(found.record).stop(job_id)
-        notify(f"{job_id} was asked to commit and stop")
+        if found.state == "unreachable":
+            end = stop_through_store(self._records.store, found.record, notify, self._timing)
+            if end is not None:
+                self._records.bury(job_id, end)
+        else:
+            self._api(found.record).stop(job_id)
+            notify(f"{job_id} was asked to commit and stop")
         return self._await_end(job_id, STOP_WAIT_S + 60)
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> FoundJob:
@@ -114,7 +127,7 @@ class Jobs:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             found = self.find(job_id)
-            if found.state not in ("pending", "running"):
+            if found.state not in ("pending", "running", "unreachable"):
                 return found
             time.sleep(POLL_S)
         raise RunFailedError(f"{job_id} has not ended after {timeout_s:g} s", "See `eagleray jobs logs`.")
@@ -138,9 +151,7 @@ class Jobs:
             status = "does not know it" if ray_job is None else f"calls it {ray_job.status}"
             says = f": {ray_job.message}" if ray_job is not None and ray_job.message else ""
             message = f"it ended without a word; the cluster {status}{says}"
-            self._records.finish(
-                job_id, JobEnd("died", None, message, "Submit it again: it goes on where it was.")
-            )
+            self._records.bury(job_id, JobEnd("died", None, message, "Submit it again: it goes on where it was."))
             record = self._records.get(job_id)
         return FoundJob(record, record.end.outcome if record.end else "died")
 

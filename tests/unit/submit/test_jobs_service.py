@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eagleray.errors import NotFoundError, UsageError
+from eagleray.store.claim import RunClaim, claim_run
 from eagleray.store.objects import ObjectStore
+from eagleray.store.owner import Timing
+from eagleray.store.records import read_record
+from eagleray.store.runs import epoch_key, stop_requested
 from eagleray_jobs.submit.parcel import Parcel, pack
 from eagleray_jobs.submit.records import JobEnd, JobRecord, JobRecords, RayJob, decide_state
-from eagleray_jobs.submit.service import Jobs
+from eagleray_jobs.submit.service import FoundJob, Jobs
 
 ADDRESS = "http://cluster:8265"
 FILE = (
@@ -144,6 +154,80 @@ def test_a_job_whose_cluster_is_gone_still_tells_how_it_ended(
     with pytest.raises(UsageError, match="no Jobs API answers at http://cluster:8265"):
         later.log(open_end)
     assert asked == [ADDRESS]
+
+
+FAST = Timing(beat_s=0.02, watch_s=0.3, poll_s=0.02)
+
+
+@dataclass
+class LostJob:
+    """A training job that runs on a cluster which does not answer any more."""
+
+    jobs: Jobs
+    records: JobRecords
+    id: str
+    claim: RunClaim
+    notes: list[str]
+
+    def stop(self) -> FoundJob:
+        return self.jobs.stop(self.id, self.notes.append)
+
+
+@pytest.fixture
+def lost(jobs: Jobs, records: JobRecords, parcel: Parcel) -> Iterator[LostJob]:
+    def gone(address: str) -> FakeCluster:
+        raise UsageError(f"no Jobs API answers at {address}")
+
+    job_id = jobs.submit(parcel, ADDRESS).id
+    records.start(job_id, {"host": socket.gethostname(), "pid": os.getpid()})
+    claim = claim_run(records.store, parcel.loaded[0].config, notify=lambda _: None, timing=FAST)
+    assert isinstance(claim, RunClaim)
+    with claim:
+        yield LostJob(Jobs(records, gone, timing=FAST), records, job_id, claim, [])
+
+
+def test_a_run_that_lives_on_a_cluster_that_does_not_answer_is_stopped_through_the_store(lost: LostJob) -> None:
+    def work() -> None:
+        while not stop_requested(lost.claim.handle):
+            time.sleep(0.01)
+        lost.records.finish(lost.id, JobEnd("stopped", 143))
+
+    job = threading.Thread(target=work, daemon=True)
+    job.start()
+    assert lost.stop().state == "stopped"
+    assert lost.notes == [
+        f"its cluster at {ADDRESS} does not answer, but its run lives: "
+        "it was asked through the store to commit and stop"
+    ]
+    job.join(10)
+
+
+def test_a_job_whose_run_died_with_its_cluster_is_recorded_as_dead_unless_it_says_otherwise(
+    lost: LostJob,
+) -> None:
+    key = epoch_key("en-fr", 1, 1)
+    values = read_record(lost.records.store, key)
+    elsewhere = {**values["owner"], "machine": "another one"}
+    lost.records.store.put(key, json.dumps({**values, "owner": elsewhere}).encode())
+    lost.claim._stop_beating()  # as a power cut does
+    found = lost.stop()
+    assert found.state == "died" and found.record.end is not None
+    assert f"its cluster at {ADDRESS} does not answer, and process {os.getpid()} of" in str(
+        found.record.end.message
+    )
+    assert "which owned run r1 of en-fr, is gone" in lost.notes[-1]
+    assert lost.jobs.find(lost.id).state == "died"
+    lost.records.finish(lost.id, JobEnd("succeeded", 0))
+    assert lost.jobs.find(lost.id).state == "succeeded"
+
+
+def test_a_job_that_never_started_on_a_cluster_that_is_gone_is_recorded_as_dead(
+    lost: LostJob, jobs: Jobs, parcel: Parcel
+) -> None:
+    pending = jobs.submit(parcel, ADDRESS).id
+    found = lost.jobs.stop(pending, lost.notes.append)
+    assert found.state == "died" and found.record.end is not None
+    assert found.record.end.message == f"its cluster at {ADDRESS} does not answer, and it never started"
 
 
 def test_the_first_end_counts(records: JobRecords, jobs: Jobs, parcel: Parcel) -> None:
