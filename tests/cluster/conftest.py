@@ -47,8 +47,8 @@ def cluster_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def ray_environment() -> Iterator[dict[str, str]]:
-    """The environment of the tier, also set in this process for the length of the session."""
+def ray_environment(s3_bucket: str) -> Iterator[dict[str, str]]:
+    """The environment of the tier, also set in this process for the length of the session; it knows the bucket."""
     added = cluster_environment()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in added.items():

@@ -33,10 +33,27 @@ def command(models: Path, tmp_path: Path) -> Command:
     return Command(tmp_path / "home")
 
 
-def test_a_detached_server_answers_is_listed_and_stopped_without_a_trace(models: Path, command: Command) -> None:
-    started = command.run("serve", str(models / "own.yaml"), "--detach", "--port", "0", "--json")
+def test_a_killed_server_leaves_no_process_and_its_port_to_a_detached_one_which_is_stopped_without_a_trace(
+    models: Path, command: Command
+) -> None:
+    port = str(free_port())
+    process = command.start("serve", str(models / "own.yaml"), "--port", port, "--json")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, (command.home.parent / "stderr.log").read_text()[-3000:]
+    assert json.loads(line)["url"] == f"http://127.0.0.1:{port}"
+    everything = family(process.pid)
+    process.kill()
+    process.wait(30)
+    process.stdout.close()
+    assert wait_gone(everything, 60) == []
+    # The next call of any verb clears the records and folders of the dead away.
+    assert json.loads(command.run("serve", "status", "--json").stdout) == {"servers": []}
+
+    started = command.run("serve", str(models / "own.yaml"), "--detach", "--port", port, "--json")
     assert started.returncode == 0, started.stderr
     info = json.loads(started.stdout)
+    assert info["url"] == f"http://127.0.0.1:{port}"
     everything = family(info["pid"])
     assert httpx.post(info["url"] + "/v1/predict", json={"inputs": [1]}).status_code == 200
     (record,) = json.loads(command.run("serve", "status", "--json").stdout)["servers"]
@@ -49,22 +66,6 @@ def test_a_detached_server_answers_is_listed_and_stopped_without_a_trace(models:
     assert command.run("serve", "status").stdout.strip() == "no server runs"
     with pytest.raises(httpx.ConnectError):
         httpx.get(info["url"])
-
-
-def test_a_killed_server_leaves_no_process_and_its_port_to_the_next(models: Path, command: Command) -> None:
-    port = free_port()
-    for _ in range(2):
-        process = command.start("serve", str(models / "own.yaml"), "--port", str(port), "--json")
-        assert process.stdout is not None
-        info = json.loads(process.stdout.readline())
-        assert info["url"] == f"http://127.0.0.1:{port}", (command.home.parent / "stderr.log").read_text()[-3000:]
-        everything = family(process.pid)
-        process.kill()
-        process.wait(30)
-        process.stdout.close()
-        assert wait_gone(everything, 60) == []
-    # The next call of any verb clears the records and folders of the dead away.
-    assert json.loads(command.run("serve", "status", "--json").stdout) == {"servers": []}
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import secrets
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -59,29 +61,24 @@ def test_another_file_under_the_same_name_is_refused_with_the_key(
     assert "train.learning_rate" in done.value["error"]["message"]
 
 
-def test_a_worker_that_is_killed_is_restarted_and_the_end_is_bitwise_the_same(
-    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, tmp_path: Path
+def test_killed_and_interrupted_and_killed_again_a_run_in_a_bucket_ends_bitwise_as_the_undisturbed_one(
+    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, s3_bucket: str, tmp_path: Path
 ) -> None:
-    file, store = write_run(tmp_path), tmp_path / "store"
-    with command_line.start("train", file, "--address", ray_cluster.address, "--store", store) as process:
-        await_commit(store, random.choice((4, 8, 12)), process)
-        random.choice(ray_cluster.find_processes("ray::RayTrainWorker")).send_signal(signal.SIGKILL)
-        done = finish(process)
-    assert (done.status, done.value.get("restarts")) == (0, 1), done.stderr
-    assert_bitwise_equal(weights(store, LAST), undisturbed.weights)
-    assert [record["step"] for record in metrics(store)] == list(range(1, MAX_STEPS + 1))
-
-
-def test_interrupted_then_killed_then_started_again_ends_bitwise_the_same(
-    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, tmp_path: Path
-) -> None:
-    file, store = write_run(tmp_path), tmp_path / "store"
+    """A worker, then Ctrl-C, then the driver; and where the store and the data lie does not show either."""
+    bucket = f"{s3_bucket}/{secrets.token_hex(4)}"
+    file, store = write_run(tmp_path, bucket=bucket), f"{bucket}/store"
     call = ("train", file, "--address", ray_cluster.address, "--store", store)
     with command_line.start(*call) as process:
-        await_commit(store, 4, process)
+        await_commit(store, random.choice((4, 8)), process)
+        random.choice(ray_cluster.find_processes("ray::RayTrainWorker")).send_signal(signal.SIGKILL)
+        second = command_line.run(*call)  # meanwhile the workers start again
+        assert (second.status, second.value["error"]["code"]) == (1, "owner_alive"), second.stderr
+        assert f"run r1 of words belongs to process {process.pid} of" in second.value["error"]["message"]
+        await_commit(store, 12, process)
         process.send_signal(signal.SIGINT)
         done = finish(process)
     assert (done.status, done.value["outcome"]) == (128 + signal.SIGINT, "stopped"), done.stderr
+    assert done.value["restarts"] == 1
     assert done.value["next_commands"] == [f"eagleray train {file} --store {store}"]
     stopped_at = done.value["step"]
     assert done.value["ref"] == f"words@r1-step-{stopped_at:08d}"
@@ -91,26 +88,21 @@ def test_interrupted_then_killed_then_started_again_ends_bitwise_the_same(
     done = command_line.run(*call)
     assert (done.status, done.value.get("outcome")) == (0, "finished"), done.stderr
     assert_bitwise_equal(weights(store, LAST), undisturbed.weights)
+    assert [record["step"] for record in metrics(store)] == list(range(1, MAX_STEPS + 1))
 
 
-def test_one_owner_at_a_time_until_sigterm_then_fewer_workers_up_to_a_step(
-    ray_cluster: RayCluster, command_line: CommandLine, tmp_path: Path
+def test_a_longer_run_goes_on_with_fewer_workers_up_to_a_step(
+    ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, tmp_path: Path
 ) -> None:
-    file, store = write_run(tmp_path), tmp_path / "store"
-    call = ("train", file, "train.max_steps=400", "--address", ray_cluster.address, "--store", store)
-    with command_line.start(*call) as process:
-        await_commit(store, 4, process)
-        second = command_line.run(*call)
-        assert (second.status, second.value["error"]["code"]) == (1, "owner_alive"), second.stderr
-        assert f"run r1 of words belongs to process {process.pid} of" in second.value["error"]["message"]
-        process.send_signal(signal.SIGTERM)
-        first = finish(process)
-    assert (first.status, first.value["outcome"]) == (128 + signal.SIGTERM, "stopped"), first.stderr
-    stop_at = first.value["step"] + 3
-    fewer = ("parallel.data_parallel_replicate_degree=1", f"train.stop_at_step={stop_at}")
-    third = command_line.run(*call[:3], *fewer, *call[3:])
-    assert (third.status, third.value["outcome"]) == (0, "stopped_at_step"), third.stderr
-    assert (third.value["ref"], third.value["num_workers"]) == (f"words@r1-step-{stop_at:08d}", 1)
+    store, stop_at = tmp_path / "store", MAX_STEPS + 3
+    shutil.copytree(undisturbed.store, store)
+    changes = ("train.max_steps=400", f"train.stop_at_step={stop_at}", "parallel.data_parallel_replicate_degree=1")
+    done = command_line.run(
+        "train", undisturbed.file, *changes, "--address", ray_cluster.address, "--store", store
+    )
+    assert (done.status, done.value["outcome"]) == (0, "stopped_at_step"), done.stderr
+    assert (done.value["ref"], done.value["num_workers"]) == (f"words@r1-step-{stop_at:08d}", 1)
+    assert "the learning-rate schedule is stretched to the new length" in done.stderr
     assert [record["step"] for record in metrics(store)] == list(range(1, stop_at + 1))
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from eagleray.store.objects import ObjectStore
+
 CODE = Path(__file__).parent / "code"
 MAX_STEPS = 36
 LAST = f"words@r1-step-{MAX_STEPS:08d}"
@@ -41,17 +43,28 @@ resources: {{resources_per_worker: {{CPU: 0.5}}, use_gpu: false}}
 """
 
 
-def write_run(folder: Path, task: str = "slow_words:SlowWords") -> Path:
-    """Write the file and its data; the same content in every folder."""
+def write_run(folder: Path, task: str = "slow_words:SlowWords", bucket: str | None = None) -> Path:
+    """Write the file and its data, the same content everywhere; the data into a bucket where one is given."""
     words = ("manta", "eagle", "cownose", "spotted", "devil", "stingray")
     rows = [
         {"text": f"{words[i % 6]} {words[(i * i) % 6]} {i}", "label": ("even", "odd")[i % 2]} for i in range(200)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    data = f"{bucket or folder}/train.jsonl"
+    if bucket is None:
+        Path(data).write_text(text)
+    else:
+        open_store(bucket).put("train.jsonl", text.encode())
     path = folder / "words.yaml"
-    path.write_text(FILE.format(task=task, code=CODE, data=folder / "train.jsonl", max_steps=MAX_STEPS))
+    path.write_text(FILE.format(task=task, code=CODE, data=data, max_steps=MAX_STEPS))
     return path
+
+
+def open_store(store: Path | str) -> ObjectStore:
+    from eagleray.store.objects import ObjectStore
+
+    return ObjectStore.open(str(store))
 
 
 @dataclass(frozen=True)
@@ -105,10 +118,10 @@ def finish(process: subprocess.Popen[str]) -> Done:
     return Done(process.returncode, json.loads(lines[-1]) if lines else {}, stderr)
 
 
-def await_commit(store: Path, step: int, process: subprocess.Popen[str]) -> None:
+def await_commit(store: Path | str, step: int, process: subprocess.Popen[str]) -> None:
     """Wait until a run of `words` has committed a step (metrics come seconds later), and a random while."""
-    manifest = store / "models" / "words" / f"r1-step-{step:08d}" / "manifest.json"
-    await_condition(manifest.exists, process)
+    opened, manifest = open_store(store), f"models/words/r1-step-{step:08d}/manifest.json"
+    await_condition(lambda: opened.exists(manifest), process)
     time.sleep(random.uniform(0, 4) * STEP_S)
 
 
@@ -121,20 +134,19 @@ def await_condition(is_met: Callable[[], bool], process: subprocess.Popen[str]) 
         time.sleep(0.05)
 
 
-def metrics(store: Path, run: int = 1) -> list[dict[str, Any]]:
+def metrics(store: Path | str, run: int = 1) -> list[dict[str, Any]]:
     """Read `metrics.jsonl` of a run of `words`, without a last line that is just being written."""
-    path = store / "runs" / "words" / f"r{run}" / "metrics.jsonl"
-    if not path.exists():
+    opened, key = open_store(store), f"runs/words/r{run}/metrics.jsonl"
+    if not opened.exists(key):
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in opened.get(key).decode().split("\n")[:-1]]
 
 
-def weights(store: Path, ref: str, *prefixes: str) -> dict[str, torch.Tensor]:
+def weights(store: Path | str, ref: str, *prefixes: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a version; without prefixes all of them, the optimizer's too."""
-    from eagleray.store.objects import ObjectStore
     from eagleray.store.registry import Registry
 
-    checkpoint = Registry(ObjectStore.open(str(store))).open(ref)
+    checkpoint = Registry(open_store(store)).open(ref)
     assert checkpoint.verify() == []
     return {
         name: tensor

@@ -16,6 +16,7 @@ from eagleray_jobs.train.failures import find_fatal
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of the user's code keep their meaning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also what the end of a run and the death of a worker wait for
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "60",
