@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from eagleray import __version__
 from eagleray.console import INTERRUPTED, Output, fail
@@ -55,6 +56,13 @@ def build_app() -> typer.Typer:
     for verbs in sorted(entry_points(group=GROUP), key=lambda each: each.name):
         verbs.load()(app)
     return app
+
+
+def verb_names() -> list[str]:
+    """Return every verb and group of verbs, in the order of the journey."""
+    command = get_command(build_app())
+    assert isinstance(command, TyperGroup)
+    return command.list_commands(typer.Context(command))
 
 
 def _show_version(value: bool) -> None:

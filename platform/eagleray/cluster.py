@@ -212,7 +212,7 @@ def connect(
     """
     target = find_address(address)
     if target is not None:
-        _probe(target)
+        probe(target)
     elif request is not None:
         check_local(request)
     import ray
@@ -261,11 +261,22 @@ def _environment(staging: Path, code: Sequence[str]) -> dict[str, Any] | None:
     return None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else runtime_env(staging, code)
 
 
-def _probe(target: str) -> None:
-    """Fail within seconds where nothing listens: Ray itself tries for minutes."""
+def probe(target: str) -> None:
+    """Fail within seconds where nothing listens: Ray itself tries for minutes.
+
+    Args:
+        target: What `find_address` returned.
+
+    Raises:
+        UsageError: It is no address, or nothing answers there.
+    """
+    if target == "auto":
+        return  # Ray finds the address of a cluster on this machine itself
     host, _, port = target.rpartition(":")
-    if not port.isdigit():
-        return  # "auto": Ray finds the address of a cluster on this machine itself
+    if not host or not port.isdigit():
+        raise UsageError(
+            f"{target!r} is no address of a Ray cluster", "Give host:port, usually port 6379, or auto."
+        )
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
@@ -276,17 +287,17 @@ def _probe(target: str) -> None:
 
 
 def _explain(error: Exception, target: str | None, log: RayLog | None) -> EaglerayError:
-    file = f" Ray's log: {log.path}" if log is not None else ""
     if target is None:
+        file = f" Ray's log: {log.path}" if log is not None else ""
         return EaglerayError(f"Ray did not start on this machine: {error}", f"Run `eagleray doctor`.{file}")
     if "uthenticat" in str(error) or "uthenticat" in type(error).__name__:
         return UsageError(
             f"the cluster at {target} wants a token: {error}",
-            f"Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.{file}",
+            "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.",
         )
     return UsageError(
         f"cannot join the cluster at {target}: {error}",
-        f"Check --address and RAY_ADDRESS; this machine must be a node of the cluster.{file}",
+        "Check --address and RAY_ADDRESS; this machine must be a node of the cluster. Ray's log: --verbose.",
     )
 
 

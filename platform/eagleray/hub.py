@@ -108,8 +108,8 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(name):
-        raise ConfigError(f"model.pretrained: {name!r} is neither a directory nor a hub id")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ConfigError(f"model.pretrained: {name!r} is neither a directory that is there nor a hub id")
     from huggingface_hub import snapshot_download
 
     try:

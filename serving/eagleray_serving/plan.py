@@ -119,11 +119,11 @@ def check(checkpoint: Checkpoint) -> None:
 
 def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
     # Not at the top: with torch behind it, it would make `serve status` slow.
-    from eagleray.store.objects import ObjectStore
+    from eagleray.console import existing_store
     from eagleray.store.registry import Registry
 
     assert config.store is not None, "the loader fills the store in"
-    store = ObjectStore.open(config.store)
+    store = existing_store(config.store)
     checkpoint = Registry(store).open(reference(config))
     stored = checkpoint.config()
     if stored.task != config.task:

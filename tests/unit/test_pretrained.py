@@ -258,3 +258,9 @@ def test_a_restored_model_needs_no_weights_to_be_complete() -> None:
     ours, theirs = restored.config.to_dict(), model.config.to_dict()
     assert ours.pop("dtype") == "float32" and theirs.pop("dtype") is None
     assert ours == theirs
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub() -> None:
+    config = tiny_config(model={"pretrained": "./nowhere"})
+    with pytest.raises(ConfigError, match=r"'./nowhere' is neither a directory that is there nor a hub id"):
+        load_task(config).build_processor(iter(PAIRS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagleray.cli import verb_names
 from eagleray.config.loader import LoadedFile, load_files, resolve_store, split_arguments
 from eagleray.errors import UsageError
 from eagleray.shipping import runtime_env
@@ -72,13 +74,17 @@ def pack(verb: str, arguments: Sequence[str], store: str | None) -> Parcel:
         store: What `--store` says.
 
     Raises:
-        UsageError: The verb does not run to an end, or the store is relative.
+        UsageError: There is no such verb, it does not run to an end, or the store is relative.
         ConfigError: A file is wrong.
     """
     if verb in NOT_JOBS:
         raise UsageError(
             f"{verb} does not run to an end, so that it is no job", "Submit train, evaluate or predict."
         )
+    if verb not in (known := verb_names()):
+        near = difflib.get_close_matches(verb, known, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no verb {verb!r}{guess}", "Submit train, evaluate or predict.")
     others = [each for each in arguments if not _is_file(each)]
     paths = [each for each in arguments if _is_file(each)]
     overrides = split_arguments([each for each in others if _is_override(each)])[1] if paths else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eagleray.cluster import check_local, find_address
+from eagleray.cluster import check_local, find_address, probe
 from eagleray.config.crosschecks import layout_of
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
@@ -32,15 +32,18 @@ def check(config: RunConfig, address: str | None) -> None:
         ConfigError: The degrees do not fit, or `code:` names no directory.
         ResourceError: This machine has less than the workers ask for, or no GPU for fp16.
         StoreURIError: The store is relative, and the cluster is not ours alone.
+        UsageError: Nothing answers at the address.
     """
-    layout, is_local = layout_of(config), find_address(address) is None
+    layout, target = layout_of(config), find_address(address)
     python_paths(config.code)
-    if is_local:
+    if target is None:
         check_local(workers_request(config, layout, use_gpu=config.resources.use_gpu is True))
         if config.resources.use_gpu == "auto":
             check_half_precision(config, "this machine", has_gpus=count_gpus() > 0)
-    elif config.store is not None:
-        check_absolute(config.store)
+    else:
+        if config.store is not None:
+            check_absolute(config.store)
+        probe(target)  # before the run is claimed
 
 
 def check_half_precision(config: RunConfig, where: str, *, has_gpus: bool) -> None:

@@ -71,7 +71,7 @@ class ObjectStore:
 
         Raises:
             StoreURIError: Not a location, or a hostile one.
-            StoreError: The directory cannot be made.
+            StoreError: The directory cannot be made, or it is a file.
         """
         return cls(parse_store_uri(location), timeout_s=timeout_s)
 
@@ -227,6 +227,10 @@ def _reopen(cls: Callable[..., ObjectStore], where: StoreLocation, timeout_s: fl
 
 def _open_backend(where: StoreLocation, timeout_s: float) -> Any:
     if where.path is not None:
+        if where.path.exists() and not where.path.is_dir():
+            raise StoreError(
+                f"{where.path} is a file, and a store is a directory", "Name a directory, or a bucket."
+            )
         return LocalStore(where.path, automatic_cleanup=True, mkdir=True)
     options: dict[str, Any] = {
         "prefix": where.prefix or None,

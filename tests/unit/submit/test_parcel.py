@@ -125,6 +125,11 @@ def test_a_verb_that_does_not_run_to_an_end_is_refused(file: Path, verb: str) ->
         pack(verb, [str(file)], "/shared/store")
 
 
+def test_a_verb_that_does_not_exist_is_refused_with_the_nearest(file: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no verb 'trian'; did you mean train\?"):
+        pack("trian", [str(file)], "/shared/store")
+
+
 def test_a_verb_without_a_file_gets_the_store_and_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from eagleray.errors import StoreURIError
+from eagleray.config.loader import load_files
+from eagleray.errors import StoreURIError, UsageError
 from eagleray.resources import count_gpus
-from eagleray_jobs.train.preflight import check_absolute
+from eagleray_jobs.train.preflight import check, check_absolute
 
 FILE = """
 name: tiny
@@ -68,3 +70,20 @@ def test_half_precision_without_a_gpu_is_refused_before_anything_starts(
     assert done.returncode == 2
     assert message in json.loads(done.stdout.splitlines()[-1])["error"]["message"]
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1: "),
+        ("somewhere", "'somewhere' is no address of a Ray cluster"),
+        ("ray://somewhere:10001", "cannot drive a run through Ray Client"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_found_before_the_run_is_claimed(
+    address: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(FILE)
+    config = load_files([tmp_path / "run.yaml"], [], str(tmp_path / "store"))[0].config
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check(config, address)
