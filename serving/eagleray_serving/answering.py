@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from eagleray_serving.schema import WireError
+
+# What the failure of a request's only item is; else 422.
+ITEM_STATUSES = {"too_long": 413, "model_failed": 500}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,10 @@ class ItemFailure:
     message: str
     hint: str | None = None
 
+    def as_error(self) -> WireError:
+        """Return what it is where the item is all of the request."""
+        return WireError(ITEM_STATUSES.get(self.code, 422), self.code, self.message, self.hint)
+
 
 Answered = Mapping[str, Any] | ItemFailure
 
@@ -42,11 +51,13 @@ class Answers:
         version: The version that answered all of it.
         items: Answers in the order of the items.
         num_tokens: Tokens of the input, which a key is charged for.
+        is_whole: Whether it is all; what a stream gives before its end is not.
     """
 
     version: str
     items: Sequence[Answered]
     num_tokens: int = 0
+    is_whole: bool = True
 
 
 class Answerer(Protocol):
@@ -59,4 +70,13 @@ class Answerer(Protocol):
 
         Raises:
             WireError: 429, too much is waiting; 413, the request alone is more than the model admits.
+        """
+
+    def stream(
+        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
+    ) -> AsyncGenerator[Answers, None]:
+        """Yield the answer to one item as it grows, at last all of it.
+
+        Raises:
+            WireError: As `answer`.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,15 +61,46 @@ class BatchedEngine:
         Raises:
             WireError: 429, too much is waiting; 503, the replica is being stopped.
         """
+        prepared, num_tokens = await self._admitted(items)
+        options = {**self._defaults, **options}
+        lane = LANES[asking.lane]
+        answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
+        return Answers(self._engine.summary.version, answers, num_tokens)
+
+    async def stream(
+        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
+    ) -> AsyncGenerator[Answers, None]:
+        """Yield the answer to one item as it grows, at last all of it; beams and other engines give it at once.
+
+        Raises:
+            WireError: 429, too much is waiting; 503, the replica is being stopped.
+        """
+        (prepared,), num_tokens = await self._admitted([item])
+        loop, version = asyncio.get_running_loop(), self._engine.summary.version
+        grown: asyncio.Queue[Answered | None] = asyncio.Queue()
+
+        def tell(answer: Any) -> None:  # in the model's thread
+            if not isinstance(answer, ItemError):
+                loop.call_soon_threadsafe(grown.put_nowait, answer)
+
+        running = self._run(prepared, {**self._defaults, **options}, LANES[asking.lane], tell)
+        task = loop.create_task(running)
+        task.add_done_callback(lambda _: grown.put_nowait(None))
+        try:
+            while (answer := await grown.get()) is not None:
+                yield Answers(version, [answer], num_tokens, is_whole=False)
+            yield Answers(version, [task.result()], num_tokens)
+        finally:
+            task.cancel()  # nobody reads on: its row leaves the batch
+
+    async def _admitted(self, items: Sequence[Mapping[str, Any]]) -> tuple[list[Prepared | ItemError], int]:
+        """Prepare items that there is room for; return them and their tokens."""
         # Every item has a token at least; how many more is known once it is prepared.
         self._admit(len(items) + self._num_preparing)
         prepared = await self._prepare(items)
         num_tokens = sum(item.num_tokens for item in prepared if isinstance(item, Prepared))
         self._admit(num_tokens)
-        options = {**self._defaults, **options}
-        lane = LANES[asking.lane]
-        answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
-        return Answers(self._engine.summary.version, answers, num_tokens)
+        return prepared, num_tokens
 
     def _admit(self, num_tokens: int) -> None:
         waiting = self._batcher.num_queued_tokens
@@ -92,11 +123,19 @@ class BatchedEngine:
         finally:
             self._num_preparing -= len(items)
 
-    async def _run(self, item: Prepared | ItemError, options: Mapping[str, Any], lane: Lane) -> Answered:
+    async def _run(
+        self,
+        item: Prepared | ItemError,
+        options: Mapping[str, Any],
+        lane: Lane,
+        on_partial: Callable[[Any], None] | None = None,
+    ) -> Answered:
         answer: Any = item
         if isinstance(item, Prepared):
             try:
-                answer = await self._batcher.submit(item, num_tokens=item.num_tokens, options=options, lane=lane)
+                answer = await self._batcher.submit(
+                    item, num_tokens=item.num_tokens, options=options, lane=lane, on_partial=on_partial
+                )
             except ModelStoppedError as error:
                 raise WireError(503, "unavailable", error.message, error.hint, retry_after_s=1) from None
         if isinstance(answer, ItemError):

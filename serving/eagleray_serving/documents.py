@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from eagleray_serving.events import MEDIA_TYPE
 from eagleray_serving.schema import ANSWERS, REQUESTS, ErrorAnswer, Verb
 
 EXAMPLES: Mapping[Verb, Any] = {
@@ -45,9 +46,12 @@ def operation(verb: Verb, summary: str) -> dict[str, Any]:
     """Return what FastAPI is told about a route whose body it does not parse itself."""
     body = {"schema": REQUESTS[verb].model_json_schema(), "example": EXAMPLES[verb]}
     errors = {status: {"description": text, "model": ErrorAnswer} for status, text in STATUSES.items()}
+    answer: dict[str, Any] = {"description": "An answer per item, in order.", "model": ANSWERS[verb]}
+    if verb == "translate":
+        answer["content"] = {MEDIA_TYPE: {"schema": {"type": "string"}}}
     return {
         "summary": summary,
-        "responses": {200: {"description": "An answer per item, in order.", "model": ANSWERS[verb]}, **errors},
+        "responses": {200: answer, **errors},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": body}}},
     }
 

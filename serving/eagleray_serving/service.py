@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eagleray.config.schema import ServeConfig
+from eagleray_serving import events
 from eagleray_serving.answering import Answered, Answerer, Answers, Asking, ItemFailure
 from eagleray_serving.catalog import ModelCard, find
 from eagleray_serving.gate import Gate, signed
@@ -35,8 +36,6 @@ from eagleray_serving.visits import Usage
 from eagleray_serving.web import failure, read_body, request_id
 
 IMAGE_FORMATS = ("PNG", "JPEG")
-# What the failure of a request's only item is; else 422.
-ITEM_STATUSES = {"too_long": 413, "model_failed": 500}
 
 
 class ModelResponse(JSONResponse):
@@ -89,23 +88,53 @@ class ModelService:
             find([self.card], http.path_params["model"])
         self.gate.admit(self.card.scope)
         body = await read_body(http, self._limits.max_body_bytes, self._limits.request_timeout_s)
-        return await self.respond(body, signed(Asking(request_id(http))))
+        asking = signed(Asking(request_id(http)))
+        if self.card.verb == "translate" and events.are_wanted(http.headers):
+            return await self._stream(body, asking)
+        return await self.respond(body, asking)
 
     async def _handle(self, body: bytes, asking: Asking) -> Response:
-        request = parse_request(self.card.verb, body, self._limits)
-        self._check_target(request)
-        items = self._items(request)
+        request, items = self._read(body)
         began = time.monotonic()
         answers = await self._answer(items, _options(request), asking)
-        usage = Usage(self.card.name, answers.version, len(items), answers.num_tokens, asking.lane)
-        self.gate.metrics.count_answer(usage, time.monotonic() - began)
-        self.gate.charge(usage, asking)
-        if is_single(request) and isinstance(answers.items[0], ItemFailure):
-            failed = answers.items[0]
-            raise WireError(ITEM_STATUSES.get(failed.code, 422), failed.code, failed.message, failed.hint)
+        usage = self._account(answers, asking, time.monotonic() - began)
+        if is_single(request) and isinstance(failed := answers.items[0], ItemFailure):
+            raise failed.as_error()
         response = self._shape(answers)
         response.usage = usage
         return response
+
+    async def _stream(self, body: bytes, asking: Asking) -> Response:
+        """Send the translation of one text while it grows.
+
+        Raises:
+            WireError: The request is none, or there is no first event.
+        """
+        request, items = self._read(body)
+        if not is_single(request):
+            raise WireError(
+                422, "invalid_request", "a list of texts is not sent as events", "send one text, or accept JSON"
+            )
+        began = time.monotonic()
+        return await events.event_stream(
+            self._answerer.stream(items[0], _options(request), asking),
+            self._limits.request_timeout_s,
+            shape=self._body,
+            finish=lambda answers: self._account(answers, asking, time.monotonic() - began),
+            what=f"a stream of {self.card.ref}",
+        )
+
+    def _read(self, body: bytes) -> tuple[Request, list[Mapping[str, Any]]]:
+        """Return the request that a body is, and its items as rows of the task."""
+        request = parse_request(self.card.verb, body, self._limits)
+        self._check_target(request)
+        return request, self._items(request)
+
+    def _account(self, answers: Answers, asking: Asking, seconds: float) -> Usage:
+        usage = Usage(self.card.name, answers.version, len(answers.items), answers.num_tokens, asking.lane)
+        self.gate.metrics.count_answer(usage, seconds)
+        self.gate.charge(usage, asking)
+        return usage
 
     async def _answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
@@ -114,13 +143,7 @@ class ModelService:
             async with asyncio.timeout(self._limits.request_timeout_s):
                 answers = await self._answerer.answer(items, options, asking)
         except TimeoutError:
-            raise WireError(
-                503,
-                "timeout",
-                f"the model did not answer within {self._limits.request_timeout_s:g} s",
-                "try again, with fewer items",
-                retry_after_s=1,
-            ) from None
+            raise events.timed_out(self._limits.request_timeout_s) from None
         assert len(answers.items) == len(items), f"{len(answers.items)} answers to {len(items)} items"
         return answers
 
@@ -176,14 +199,17 @@ class ModelService:
         return row
 
     def _shape(self, answers: Answers) -> ModelResponse:
-        head = {"model": self.card.name, "version": answers.version}
-        key = ANSWER_KEYS[self.card.verb]
-        plain = [_plain(answer) for answer in answers.items]
+        body = self._body(answers)
         try:
-            return ModelResponse({**head, key: plain})
+            return ModelResponse(body)
         except (ValueError, TypeError):
             # One answer that JSON cannot carry must not take the others with it.
-            return ModelResponse({**head, key: [_encodable(answer) for answer in plain]})
+            key = ANSWER_KEYS[self.card.verb]
+            return ModelResponse({**body, key: [_encodable(answer) for answer in body[key]]})
+
+    def _body(self, answers: Answers) -> dict[str, Any]:
+        head = {"model": self.card.name, "version": answers.version}
+        return {**head, ANSWER_KEYS[self.card.verb]: [_plain(answer) for answer in answers.items]}
 
 
 def check_image(data: bytes, index: int, max_pixels: int) -> None:

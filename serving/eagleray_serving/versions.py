@@ -10,8 +10,8 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,11 @@ class Loaded(Protocol):
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
     ) -> Answers:
         """Answer each item for itself, in order."""
+
+    def stream(
+        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
+    ) -> AsyncGenerator[Answers, None]:
+        """Yield the answer to one item as it grows."""
 
     async def close(self) -> None:
         """End its threads and processes; nothing is in work any more."""
@@ -152,6 +157,30 @@ class Versions:
                 reason = f"{type(error).__name__}: {error}"
             logger.warning("canary %s: %s; %s answers instead", chosen, reason, split.current)
             return await self._count(current, items, options, asking)
+
+    async def stream(
+        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
+    ) -> AsyncGenerator[Answers, None]:
+        """Yield the answer to one item as it grows, by the version that the split chooses and by it alone.
+
+        Raises:
+            WireError: 429, too much is waiting; 503, the replica is being stopped.
+        """
+        split = await self._current_split()
+        begin, answers = time.monotonic(), None
+        with self._kept(split.choose(asking.request_id)) as held:
+            try:
+                async with aclosing(held.loaded.stream(item, options, asking)) as grown:
+                    async for answers in grown:
+                        yield answers
+            except (GeneratorExit, asyncio.CancelledError):
+                raise  # the client went away
+            except Exception as error:
+                if not isinstance(error, WireError) or error.status >= 500:
+                    held.figures.add(time.monotonic() - begin, is_error=True)
+                raise
+            assert answers is not None, "a stream has an end"
+            held.figures.add(time.monotonic() - begin, is_error=_is_fault(answers))
 
     async def _current_split(self) -> Split:
         while self._split is None:

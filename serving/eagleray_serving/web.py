@@ -11,6 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -73,11 +74,21 @@ def failure(error: Exception, what: str) -> Response:
         error: What was raised.
         what: What failed, for the log.
     """
+    status, headers = (error.status, error.headers()) if isinstance(error, WireError) else (500, {})
+    return JSONResponse(failure_body(error, what), status, headers)
+
+
+def failure_body(error: Exception, what: str) -> dict[str, Any]:
+    """Return the body that a failure stands for; one of our own is logged, and not shown.
+
+    Args:
+        error: What was raised.
+        what: What failed, for the log.
+    """
     if isinstance(error, WireError):
-        return JSONResponse(error.body(), error.status, error.headers())
+        return error.body()
     logger.error("%s failed", what, exc_info=error)
-    body = error_body("internal", "the server failed on this request", "its log has the traceback")
-    return JSONResponse(body, 500)
+    return error_body("internal", "the server failed on this request", "its log has the traceback")
 
 
 def request_id(request: Request) -> str:

@@ -87,6 +87,16 @@ def test_the_same_text_alone_and_in_a_list_has_the_same_answer(client: httpx.Cli
     assert together == alone
 
 
+def test_a_translation_is_sent_while_it_grows(client: httpx.Client) -> None:
+    text = "a rather longer text of the 11 July"
+    (whole,) = client.post("/v1/translate/en-fr", json={"text": [text]}).json()["translations"]
+    accept = {"accept": "text/event-stream"}
+    with client.stream("POST", "/v1/translate/en-fr", json={"text": text}, headers=accept) as response:
+        *partial, done = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+    assert json.loads(done)["translations"] == [whole]
+    assert partial and all(whole["text"].startswith(json.loads(each)["text"]) for each in partial)
+
+
 def test_health_readiness_models_and_documents(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json()["models"] == {"en-fr": "ready", "en-de": "ready", "own": "ready"}
