@@ -35,6 +35,7 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 bench: $(STAMP)  ## measure beside the peers, one benchmark after another; prints tables (docs/benchmarks.md)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/predict.py
 
 wheel: $(STAMP)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
