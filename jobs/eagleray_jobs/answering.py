@@ -116,8 +116,8 @@ def _evaluate(
 
     store = existing_store(config.store)
     checkpoint = _open(store, ref or config.serve.ref or config.name, config.name)
-    with _pool(out, config, num_workers, address) as pool:
-        load = _loader(store, checkpoint, pool, config.serve)
+    with _pool(out, config, checkpoint, config.serve, num_workers, address) as pool:
+        load = _loader(store, checkpoint, pool, config.code, config.serve)
         report = evaluate(config, checkpoint.ref, load, pool, split=split)
     out.note(f"report: {store.location}/{keep_report(store, report)}")
     return report
@@ -140,11 +140,11 @@ def _predict(
     opened = existing_store(store)
     checkpoint = _open(opened, ref, None)
     config = find_code(checkpoint.ref, checkpoint.config(), code)
-    with _pool(out, config, num_workers, address) as pool:
+    with _pool(out, config, checkpoint, config.serve, num_workers, address) as pool:
         return predict(
             config,
             checkpoint.ref,
-            _loader(opened, checkpoint, pool),
+            _loader(opened, checkpoint, pool, config.code),
             pool,
             load_task(config),
             input_path,
@@ -196,25 +196,41 @@ def _open(store: ObjectStore, ref: str, name: str | None) -> Checkpoint:
     return Registry(store).open(f"{name}{ref}" if ref.startswith("@") and name else ref)
 
 
-def _loader(store: ObjectStore, checkpoint: Checkpoint, pool: ActorPool, serve: ServeConfig | None = None) -> Any:
+def _loader(
+    store: ObjectStore,
+    checkpoint: Checkpoint,
+    pool: ActorPool,
+    code: Sequence[str],
+    serve: ServeConfig | None = None,
+) -> Any:
     from eagleray_jobs.pool import CheckpointLoader
 
     name, _, version = checkpoint.ref.partition("@")
-    return CheckpointLoader(store, name, version, pool.device, serve)
+    return CheckpointLoader(store, name, version, pool.device, serve, pool.num_cpus, tuple(code))
 
 
 @contextmanager
-def _pool(out: Output, config: RunConfig, num_workers: int | None, address: str | None) -> Iterator[ActorPool]:
+def _pool(
+    out: Output,
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    serve: ServeConfig,
+    num_workers: int | None,
+    address: str | None,
+) -> Iterator[ActorPool]:
     from eagleray.cluster import connect
+    from eagleray.engine.group import check_group, group_layout
     from eagleray.user_code import add_code
     from eagleray_jobs.pool import ActorPool
 
     add_code(config.code)
+    check_group(checkpoint, serve)
+    num_ranks = group_layout(serve).num_workers
     with connect(address, code=config.code, verbose=out.verbose, notify=out.note) as cluster:
         import ray.data  # noqa: F401  # it brings a log handler of its own
 
         cluster.quiet()
-        yield ActorPool.of(config, cluster.nodes(), num_workers)
+        yield ActorPool.of(config, cluster.nodes(), num_workers, num_ranks)
 
 
 def _describe_scores(report: EvaluateReport) -> str:

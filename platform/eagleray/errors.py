@@ -22,6 +22,7 @@
     |-- ServingError                  exit 1   a server could not be started, reached or stopped
     |   |-- RequestTimeoutError                no answer within the time of the request
     |   `-- ModelStoppedError                  the model was stopped before it answered
+    |       `-- RanksLostError                 a process that holds a part of the model is gone
     `-- InterruptedRunError           exit 130 or 143   stopped by a signal, after committing
 """
 
@@ -132,6 +133,10 @@ class RequestTimeoutError(ServingError):
 
 class ModelStoppedError(ServingError):
     """The model was stopped before it answered."""
+
+
+class RanksLostError(ModelStoppedError):
+    """A process that holds a part of the model is gone; what was asked may be asked again elsewhere."""
 
 
 class InterruptedRunError(EaglerayError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from eagleray.config.schema import ServeConfig
+from eagleray.rank_actors import bundles
 
 # Serve's own is 30 s: a burst would be over before it is seen.
 LOOK_BACK_S = 3.0
@@ -12,6 +13,8 @@ LOOK_BACK_S = 3.0
 METRICS_INTERVAL_S = 1.0
 # Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
 MAX_CONSTRUCTOR_FAILURES = 2
+# How often Serve asks a replica of several ranks whether it lives; 10 s by default.
+HEALTH_CHECK_PERIOD_S = 2.0
 
 
 def deployment_options(serve: ServeConfig) -> dict[str, Any]:
@@ -27,6 +30,8 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": serve.request_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
+    if num_ranks(serve) > 1:
+        options |= _group_options(serve)
     if serve.num_replicas != "auto":
         return {**options, "num_replicas": serve.num_replicas}
     scaling = serve.autoscaling_config
@@ -45,6 +50,24 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
     return {
         **options,
         "autoscaling_config": {key: value for key, value in autoscaling.items() if value is not None},
+    }
+
+
+def num_ranks(serve: ServeConfig) -> int:
+    """Return how many processes hold the parts of a replica's model."""
+    return serve.tensor_parallel_degree * serve.pipeline_parallel_degree
+
+
+def _group_options(serve: ServeConfig) -> dict[str, Any]:
+    """Return what a replica of several ranks asks for: a bundle for each of them, and nothing for itself."""
+    actor = serve.ray_actor_options
+    return {
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": 0},
+        "placement_group_bundles": bundles(num_ranks(serve), actor.num_cpus, actor.num_gpus),
+        "placement_group_strategy": "PACK",
+        # A replica ends by itself when it has lost a rank; Serve is to see it soon.
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": serve.rank_timeout_s,
     }
 
 

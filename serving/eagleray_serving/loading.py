@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
+from functools import partial
 from pathlib import Path
 
 from eagleray.engine import Engine, ItemError, load_engine
 from eagleray.errors import ServingError
+from eagleray.rank_actors import load_on_actors
+from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry
 from eagleray.user_code import add_code
+from eagleray_serving.autoscaling import num_ranks
 from eagleray_serving.plan import ModelPlan, check
 from eagleray_serving.schema import InputKind
 
@@ -35,15 +39,26 @@ def load(plan: ModelPlan, ref: str) -> Engine:
     add_code(directory for directory in plan.code if Path(directory).is_dir())
     checkpoint = Registry(ObjectStore.open(plan.store)).open(ref)
     check(checkpoint)
-    serve = plan.serve
-    engine = load_engine(checkpoint, "cuda" if serve.ray_actor_options.num_gpus else "cpu", serve=serve)
-    try:
-        warm_up(engine, plan.card.inputs)
-    except BaseException:
-        engine.close()
-        raise
+    engine = _load(checkpoint, plan)
     logger.info("%s is loaded", ref)
     return engine
+
+
+def _load(checkpoint: Checkpoint, plan: ModelPlan) -> Engine:
+    serve, options = plan.serve, plan.serve.ray_actor_options
+    try_out = partial(warm_up, inputs=plan.card.inputs)
+    if num_ranks(serve) == 1:
+        engine = load_engine(checkpoint, "cuda" if options.num_gpus else "cpu", serve=serve)
+        try_out(engine)
+        return engine
+    return load_on_actors(
+        checkpoint,
+        serve,
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        code=plan.code,
+        try_out=try_out,
+    )
 
 
 def warm_up(engine: Engine, inputs: InputKind) -> None:

@@ -133,9 +133,25 @@ def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
         )
     if verify and store.is_local:
         check(checkpoint)
+    _check_degrees(checkpoint, config)
     location = str(Path(config.store).resolve()) if store.is_local and "://" not in config.store else config.store
     card, columns = _card(stored.model_copy(update={"name": config.name}), checkpoint.version, config.code)
     return ModelPlan(location, card, columns, config.serve, tuple(config.code), server)
+
+
+def _check_degrees(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse degrees that do not fit the model, before anything is started.
+
+    Raises:
+        ConfigError: They do not; with the numbers.
+    """
+    if config.serve.tensor_parallel_degree * config.serve.pipeline_parallel_degree == 1:
+        return
+    from eagleray.engine.group import check_group
+    from eagleray.user_code import add_code
+
+    add_code(config.code)
+    check_group(checkpoint, config.serve)
 
 
 def reference(config: RunConfig) -> str:

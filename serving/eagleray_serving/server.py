@@ -16,7 +16,7 @@ from eagleray.cluster import check_local, connect
 from eagleray.config.loader import LoadedFile
 from eagleray.errors import ConfigError, EaglerayError, ServingError
 from eagleray.resources import ResourceRequest
-from eagleray_serving.autoscaling import initial_replicas
+from eagleray_serving.autoscaling import initial_replicas, num_ranks
 from eagleray_serving.front import Front, RequestLimits, choose_front, joined_environment
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
@@ -139,15 +139,19 @@ def require_resources(plans: Sequence[ModelPlan]) -> None:
     Raises:
         ResourceError: There is less, with the numbers.
     """
-    total = sum(initial_replicas(plan.serve) for plan in plans)
+    counts = [initial_replicas(plan.serve) * num_ranks(plan.serve) for plan in plans]
+    total, noun = (
+        sum(counts),
+        "workers of replicas" if any(num_ranks(plan.serve) > 1 for plan in plans) else "replicas",
+    )
     wanted = {"CPU": 0.0, "GPU": 0.0}
-    for plan in plans:
-        options, count = plan.serve.ray_actor_options, initial_replicas(plan.serve)
+    for plan, count in zip(plans, counts, strict=True):
+        options = plan.serve.ray_actor_options
         wanted["CPU"] += options.num_cpus * count
         wanted["GPU"] += options.num_gpus * count
     if total:
         bundle = {name: amount / total for name, amount in wanted.items() if amount}
-        check_local(ResourceRequest(total, bundle, "replicas", "serve.ray_actor_options"))
+        check_local(ResourceRequest(total, bundle, noun, "serve.ray_actor_options"))
 
 
 def refuse_relative_stores(files: Sequence[LoadedFile]) -> None:

@@ -29,6 +29,7 @@ def cross_problems(config: RunConfig) -> list[Problem]:
         _source_fits_task,
         _adapter_has_base,
         _layout_fits_workers,
+        _replica_can_be_cut,
         _can_offload,
         _can_compile,
         _fp16_has_gpus,
@@ -93,6 +94,17 @@ def _source_fits_task(config: RunConfig) -> Problem | None:
         return None
     message = f"data.source {config.data.source} holds examples of {of_source}, but task is {config.task}"
     return Problem(("data", "source"), message)
+
+
+def _replica_can_be_cut(config: RunConfig) -> Problem | None:
+    serve = config.serve
+    layout = Layout(tensor=serve.tensor_parallel_degree, pipeline=serve.pipeline_parallel_degree)
+    if layout.num_workers == 1:
+        return None
+    if serve.engine == "ctranslate2":
+        message = "serve.engine ctranslate2 runs in one process, but the degrees under serve ask for"
+        return Problem(("serve", "engine"), f"{message} {layout.num_workers}; set serve.engine: torch")
+    return cutting_problem(config, layout, "serve")
 
 
 def _can_offload(config: RunConfig) -> Problem | None:

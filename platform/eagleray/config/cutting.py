@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eagleray.config.families import parse_family
 from eagleray.config.layout import Layout
@@ -44,11 +44,19 @@ _OTHER_HEADS = ("num_attention_heads", "num_key_value_heads", "intermediate_size
 _STAGES_PER_RANK = {"Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 
 
-def cutting_problem(config: RunConfig, layout: Layout) -> Problem | None:
-    """Return why a layout cannot cut a file's model, with the numbers; None where it can, or nobody knows yet."""
+def cutting_problem(
+    config: RunConfig, layout: Layout, section: Literal["parallel", "serve"] = "parallel"
+) -> Problem | None:
+    """Return why a layout cannot cut a file's model, with the numbers; None where it can, or nobody knows yet.
+
+    Args:
+        config: The file.
+        layout: The degrees.
+        section: Where the file says them.
+    """
     if layout.tensor == layout.pipeline == 1:
         return None
-    uneven = _uneven_micro_batches(config, layout)
+    uneven = _uneven_micro_batches(config, layout) if section == "parallel" else None
     known = None if uneven else _settings(config)
     if known is None:
         return uneven
@@ -58,13 +66,16 @@ def cutting_problem(config: RunConfig, layout: Layout) -> Problem | None:
     odd = {key: number for key, number in numbers.items() if number % layout.tensor}
     if odd:
         shown = " and ".join(f"{key} {value}" for key, value in odd.items())
-        key = ("parallel", "tensor_parallel_degree")
+        key = (section, "tensor_parallel_degree")
         return Problem(key, f"{'.'.join(key)} {layout.tensor} does not divide {shown} of the {family} model")
     if family not in SIZES and layout.pipeline > 1:
-        key = ("parallel", "pipeline_parallel_degree")
+        key = (section, "pipeline_parallel_degree")
         of = ", ".join(SIZES)
         return Problem(key, f"{'.'.join(key)} is {layout.pipeline}, but stages are made of {of}, not of {family}")
-    return _too_many_stages(config, layout, [values.get(key) for key in sizes.layers])
+    layers = [values.get(key) for key in sizes.layers]
+    if section == "parallel":
+        return _too_many_stages(layout, layers, config.parallel.pipeline_parallel_schedule)
+    return _too_many_ranks(layout, layers)
 
 
 def uneven_micro_batches(global_batch_size: int, layout: Layout, num_microbatches: int) -> tuple[str, str] | None:
@@ -92,8 +103,18 @@ def _uneven_micro_batches(config: RunConfig, layout: Layout) -> Problem | None:
     return Problem(("train", "global_batch_size"), "; ".join(found)) if found else None
 
 
-def _too_many_stages(config: RunConfig, layout: Layout, layers: list[Any]) -> Problem | None:
-    per_rank = _STAGES_PER_RANK.get(config.parallel.pipeline_parallel_schedule, 1)
+def _too_many_ranks(layout: Layout, layers: list[Any]) -> Problem | None:
+    if not all(isinstance(number, int) for number in layers) or layout.pipeline <= sum(layers):
+        return None
+    return Problem(
+        ("serve", "pipeline_parallel_degree"),
+        f"serve.pipeline_parallel_degree {layout.pipeline} makes as many stages, but the model has {sum(layers)} "
+        "layers, and each stage needs one",
+    )
+
+
+def _too_many_stages(layout: Layout, layers: list[Any], schedule: str) -> Problem | None:
+    per_rank = _STAGES_PER_RANK.get(schedule, 1)
     if layout.pipeline == 1 or not all(isinstance(number, int) for number in layers):
         return None
     if layout.pipeline * per_rank <= sum(layers):
@@ -101,7 +122,7 @@ def _too_many_stages(config: RunConfig, layout: Layout, layers: list[Any]) -> Pr
     return Problem(
         ("parallel", "pipeline_parallel_degree"),
         f"parallel.pipeline_parallel_degree {layout.pipeline} with {per_rank} stages per rank "
-        f"({config.parallel.pipeline_parallel_schedule}) makes {layout.pipeline * per_rank} stages, but the model "
+        f"({schedule}) makes {layout.pipeline * per_rank} stages, but the model "
         f"has {sum(layers)} layers, and each stage needs one",
     )
 

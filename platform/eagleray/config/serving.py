@@ -107,6 +107,16 @@ class ServeConfig(Section):
     rollout: RolloutConfig = Field(
         default_factory=RolloutConfig, description="When a new version is refused, or taken back."
     )
+    tensor_parallel_degree: PositiveInt = Field(
+        1,
+        description="Workers of one replica over which each layer is cut; ray_actor_options are those of each.",
+    )
+    pipeline_parallel_degree: PositiveInt = Field(
+        1, description="Workers of one replica over which the layers are spread, as stages."
+    )
+    rank_timeout_s: PositiveFloat = Field(
+        8.0, description="Seconds after which a worker of a replica that does not answer counts as lost."
+    )
 
     @model_validator(mode="after")
     def _one_reference(self) -> Self:

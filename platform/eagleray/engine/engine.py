@@ -18,7 +18,7 @@ from eagleray.engine.items import ItemError, Prepared
 from eagleray.engine.plan import BatchLimits, cut_batches
 from eagleray.engine.precision import lower_precision
 from eagleray.engine.work import Entering
-from eagleray.errors import ConfigError, DataError
+from eagleray.errors import ConfigError, DataError, RanksLostError
 from eagleray.models import load_weights, restore_model, whole_weights
 from eagleray.models.base import OpenedCheckpoint
 from eagleray.tasks import Answer, Example, Features, Processor, Task, load_task, move
@@ -216,6 +216,8 @@ class Engine:
                 raise ValueError(
                     f"{type(self.task).__name__}.predict gave {len(answers)} answers to {len(rows)} items"
                 )
+        except RanksLostError:
+            raise  # no item is at fault, and smaller batches would fare no better
         except Exception as error:
             if len(rows) == 1:
                 logger.exception("%s failed on an item", self.summary.ref)

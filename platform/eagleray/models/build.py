@@ -56,7 +56,7 @@ def build_unfilled(config: RunConfig, processor: Processor) -> Unfilled:
     fill: Fill | None
     if config.model.factory is not None:
         model = _call_factory(config.model, processor, seed)
-        fill = partial(initialize, seed=seed) if _is_on_meta(model) else None
+        fill = partial(initialize, seed=seed) if is_on_meta(model) else None
     elif config.model.pretrained is not None:
         model, fill, new = _pretrained(config, processor, seed)
     else:
@@ -110,12 +110,22 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
         ConfigError: The user's factory cannot be imported.
         CheckpointDamagedError: `config.json` is missing.
     """
+    model = restore_unfilled(config, files)
+    if is_on_meta(model):
+        materialize(model, "cpu")
+        initialize(model, None)
+    return model
+
+
+def restore_unfilled(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
+    """Rebuild a model as `restore_model` does, on `meta`; what a factory builds elsewhere is where it built it.
+
+    Raises:
+        ConfigError: The user's factory cannot be imported.
+        CheckpointDamagedError: `config.json` is missing.
+    """
     if config.model.factory is not None:
-        model = _call_factory(config.model, task_class(config.task)(config).load_processor(files), 0)
-        if _is_on_meta(model):
-            materialize(model, "cpu")
-            initialize(model, None)
-        return model
+        return _call_factory(config.model, task_class(config.task)(config).load_processor(files), 0)
     if CONFIG_FILE not in files:
         raise CheckpointDamagedError(f"the checkpoint of {config.name} holds no {CONFIG_FILE}")
     import transformers
@@ -123,10 +133,7 @@ def restore_model(config: RunConfig, files: Mapping[str, bytes]) -> nn.Module:
     names = (CONFIG_FILE, GENERATION_FILE)
     with as_directory({name: files[name] for name in names if name in files}) as directory:
         hf_config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        model = _from_config(config, hf_config, Path(directory))
-    materialize(model, "cpu")
-    initialize(model, None)
-    return model  # type: ignore[no-any-return]
+        return _from_config(config, hf_config, Path(directory))  # type: ignore[no-any-return]
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -328,5 +335,6 @@ def _call_factory(model: ModelConfig, processor: Processor, seed: int) -> nn.Mod
     return built
 
 
-def _is_on_meta(model: nn.Module) -> bool:
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model still waits for memory."""
     return any(parameter.is_meta for parameter in model.parameters())

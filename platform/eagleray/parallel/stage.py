@@ -72,6 +72,10 @@ class Stage(nn.Module):
         """Whether the stage passes an encoder's result on, besides the stream."""
         return self._places[self.layers.stop - 1][0] > 0
 
+    def opens_part(self, part: int) -> bool:
+        """Whether the first layer of one of the model's lists of layers is here."""
+        return any(self._places[index] == (part, 0) for index in self.layers)
+
     def forward(self, *received: Tensor, **batch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return what the next stage needs, or in the last stage the summed loss, shape (1,)."""
         stream = tuple(contiguous_gradient(value) for value in received)

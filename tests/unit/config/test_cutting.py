@@ -114,3 +114,21 @@ def test_a_global_batch_that_makes_no_equal_micro_batches_is_refused_with_the_nu
     assert found.message.startswith("train.global_batch_size 60 over 2 data-parallel ranks does not make 4 equal")
     assert "use a multiple of 8" in found.message
     assert cross_problems(RunConfig.model_validate(sections | {"train": {"max_steps": 1}})) == []
+
+
+@pytest.mark.parametrize(
+    "serve, message",
+    [
+        ({"tensor_parallel_degree": 3}, "serve.tensor_parallel_degree 3 does not divide num_attention_heads 4"),
+        (
+            {"pipeline_parallel_degree": 5},
+            "serve.pipeline_parallel_degree 5 makes as many stages, but",
+        ),
+        ({"tensor_parallel_degree": 2, "engine": "ctranslate2"}, "serve.engine ctranslate2 runs in one process"),
+    ],
+)
+def test_a_replica_that_cannot_be_cut_is_refused(serve: dict[str, Any], message: str) -> None:
+    sections = {"name": "x", "task": "text-classification", "model": {"family": "bert"}, "serve": serve}
+    config = RunConfig.model_validate({**sections, "data": {"train": "rows.jsonl"}})
+    (problem,) = cross_problems(config)
+    assert message in problem.message and problem.key[0] == "serve"
