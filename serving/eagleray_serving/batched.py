@@ -26,22 +26,33 @@ class BatchedEngine:
     Args:
         engine: The loaded model.
         serve: The file's `serve` section.
+        on_step: Told the items and the tokens that are in work, whenever the model is put to it.
     """
 
-    def __init__(self, engine: Engine, serve: ServeConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        serve: ServeConfig,
+        on_step: Callable[[int, int], None] = lambda num_items, num_tokens: None,
+    ) -> None:
         self._engine = engine
         self._max_queued_tokens = serve.max_queued_tokens
         self._defaults = {"num_beams": serve.num_beams} if engine.summary.route == "translate" else {}
         # Two threads, one each: a tokenizer and a model may run side by side, but neither beside itself.
         self._preparing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eagleray-prepare")
         self._running = ModelThread()
-        self._batcher = Batcher[Prepared, Any](self._running.start(engine), engine.limits)
+        self._batcher = Batcher[Prepared, Any](self._running.start(engine), engine.limits, on_step=on_step)
         self._num_preparing = 0
 
     @property
     def version(self) -> str:
         """`r1-step-00001200`."""
         return self._engine.summary.version
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens that wait and are not yet in work."""
+        return self._batcher.num_queued_tokens
 
     async def close(self) -> None:
         """Answer what runs, refuse what waits, end the threads and free the weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eagleray_serving.schema import InputKind, Verb, WireError
@@ -20,6 +20,8 @@ class ModelCard:
         inputs: What a request to it carries.
         source: Language of the input of a translation.
         target: Language of the output of a translation.
+        scores: What the version scored in its evaluation.
+        limits: What a request to it may be.
     """
 
     name: str
@@ -28,6 +30,8 @@ class ModelCard:
     inputs: InputKind
     source: str | None = None
     target: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ref(self) -> str:

@@ -10,6 +10,7 @@ import httpx
 
 from eagleray.errors import ServingError, UsageError
 from eagleray_serving.home import Home, ServerRecord
+from eagleray_serving.protection import trusting
 
 HTTP_TIMEOUT_S = 30.0
 POLL_S = 0.3
@@ -52,6 +53,7 @@ class Commander:
 
     def __init__(self, home: Home, record: ServerRecord) -> None:
         self._record = record
+        self._trust = trusting(record.certificate)
         token = home.token(record.id)
         self._headers = {} if token is None else {"authorization": f"Bearer {token}"}
 
@@ -112,7 +114,9 @@ class Commander:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         url = self._record.url + path
         try:
-            response = httpx.request(method, url, json=body, headers=self._headers, timeout=HTTP_TIMEOUT_S)
+            response = httpx.request(
+                method, url, json=body, headers=self._headers, timeout=HTTP_TIMEOUT_S, verify=self._trust
+            )
             answer: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServingError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,12 +21,21 @@ from eagleray.console import (
     table,
 )
 from eagleray_serving import rollout_commands
+from eagleray_serving.key_commands import register_keys
 
 if TYPE_CHECKING:
     from eagleray_serving.server import Served
 
 DEFAULT_VERB = "up"
-HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 opens it to the network.")]
+HostOption = Annotated[
+    str, typer.Option("--host", help="Address to listen on; beyond this machine only with keys.")
+]
+KeysOption = Annotated[
+    Path | None, typer.Option("--keys", help="File of API keys; ~/.eagleray/keys.json is used where it is there.")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure-no-keys", help="Ask nobody for a key, also where a network can reach it.")
+]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")]
 
 
@@ -50,6 +62,7 @@ def register(app: typer.Typer) -> None:
     serve.command()(render)
     rollout_commands.add(serve)
     app.add_typer(serve, name="serve")
+    register_keys(app)
 
 
 def up(
@@ -57,6 +70,16 @@ def up(
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it answers, and let it run.")] = False,
+    keys: KeysOption = None,
+    insecure_no_keys: InsecureOption = False,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate chain (PEM): HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Its private key (PEM).")] = None,
+    access_log: Annotated[
+        str | None, typer.Option("--access-log", help="File of a JSON line per request; none: none.")
+    ] = None,
+    log_addresses: Annotated[
+        bool, typer.Option("--log-addresses", help="Write into the access log where requests came from.")
+    ] = False,
     store: StoreOption = None,
     address: AddressOption = None,
     record: Annotated[str | None, typer.Option("--record", hidden=True)] = None,
@@ -69,15 +92,27 @@ def up(
         from eagleray.cluster import find_address
         from eagleray_serving.home import Home
         from eagleray_serving.plan import plan_models
+        from eagleray_serving.protection import edge_options
         from eagleray_serving.server import ServerOptions, refuse_relative_stores, serve_here, serve_there
 
         home = Home.default()
         target = None if record else find_address(address)
+        edge = edge_options(
+            host,
+            keys=keys,
+            insecure=insecure_no_keys,
+            home=home.root,
+            environ=os.environ,
+            is_joining=target is not None,
+            tls=(tls_cert, tls_key),
+            access_log=access_log,
+            log_addresses=log_addresses,
+        )
         if target is not None:
             refuse_relative_stores(loaded)
         plans = plan_models(loaded, verify=record is None, notify=out.note)
         log = str(home.log_path(record)) if record else None
-        options = ServerOptions(host, port, target, verbose, record or home.new_id(), log)
+        options = ServerOptions(host, port, target, verbose, record or home.new_id(), log, edge=edge)
         if target is not None:
             serve_there(plans, options, home, lambda served: _show(out, served, detach), detach=detach)
         elif detach:
@@ -135,6 +170,8 @@ def render(
     files: FilesArgument,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
+    keys: KeysOption = None,
+    insecure_no_keys: InsecureOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -142,9 +179,20 @@ def render(
     """Print a Serve config of the models, for Ray's own `serve deploy`."""
     with reporting(json=json, verbose=verbose) as out:
         from eagleray_serving import render as rendering
+        from eagleray_serving.home import Home
         from eagleray_serving.plan import plan_models
+        from eagleray_serving.protection import edge_options
 
+        edge = edge_options(
+            host,
+            keys=keys,
+            insecure=insecure_no_keys,
+            home=Home.default().root,
+            environ=os.environ,
+            is_joining=True,
+        )
         plans = plan_models(out.load(files, store), verify=False)
+        plans = [replace(plan, protection=edge.protection(None)) for plan in plans]
         out.result(rendering.serve_config(plans, host, port), rendering.render(plans, host, port).rstrip())
 
 
@@ -154,6 +202,8 @@ def _store_words(store: str | None) -> list[str]:
 
 def _show(out: Output, served: Served, detach: bool) -> None:
     lines = [f"{plan.card.ref}  {served.record.url}{plan.card.path}" for plan in served.plans]
+    if served.edge.has_keys:
+        lines.append(f"keys: {served.edge.keys or 'from the environment'}")
     lines += ["", served.curl(), f"docs: {served.record.url}/docs"]
     lines.append(f"stop it with: eagleray serve stop {served.record.id}" if detach else "Ctrl-C stops it")
     out.result(served.as_json(), "\n".join(lines))

@@ -1,7 +1,7 @@
 """The controllers of a server's models, and the routes by which its owner commands them.
 
 The routes are on the front, like all others, so they ask for a secret: the token that `serve` leaves in the user's
-own folder when it starts. The server knows its hash alone.
+own folder when it starts, or a key with the scope `admin`. The server knows their hashes alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from starlette.routing import Route
 from eagleray.errors import EaglerayError, NotFoundError, UsageError
 from eagleray_serving.board import Board, Notes
 from eagleray_serving.controller import Controller
+from eagleray_serving.keys import ADMIN
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.schema import WireError, parse_json
+from eagleray_serving.visits import current_visit
 from eagleray_serving.web import read_body
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,10 @@ class Control:
         return endpoint
 
     def _check_token(self, request: Request) -> None:
+        visit = current_visit()
+        if visit is not None and visit.key is not None:
+            visit.require(ADMIN)  # the owner's token is one of the server's keys, where it has keys
+            return
         if self._token_sha256 is None:
             raise WireError(
                 403, "no_commands", "this server takes no commands", "let it follow an alias: serve.follow"

@@ -17,6 +17,7 @@ from eagleray_serving.control import Control
 from eagleray_serving.edge import READY, Edge
 from eagleray_serving.gate import Gate
 from eagleray_serving.loopback import keep_on_loopback
+from eagleray_serving.metrics import Family
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.schema import WireError
 
@@ -106,12 +107,19 @@ class EdgeReplica:
         self._control = Control(plans, RayNotes(), token_sha256)
         self._controlling = asyncio.get_running_loop().create_task(self._control.run())
         limits = [plan.serve for plan in plans]
+        gate = Gate(
+            plans[0].protection,
+            max_header_bytes=max(each.max_header_bytes for each in limits),
+            returns_ids=False,
+            owner_sha256=token_sha256,
+        )
+        gate.watch()
         self._edge = Edge(
             [plan.card for plan in plans],
             ServeFleet(plans),
             max_body_bytes=max(each.max_body_bytes for each in limits),
             body_timeout_s=max(each.request_timeout_s for each in limits),
-            gate=Gate(max_header_bytes=max(each.max_header_bytes for each in limits), returns_ids=False),
+            gate=gate,
             versions=self._control.views,
         )
 
@@ -120,6 +128,10 @@ class EdgeReplica:
         app = self._edge.application()
         app.router.routes.extend(self._control.routes())
         return app
+
+    async def report(self, model: str, replica: str, families: list[Family]) -> int:
+        """Take what a replica counted; returns how many replicas of its model run."""
+        return self._edge.reports.take(model, replica, families)
 
 
 def model_application(plan: ModelPlan, runtime_env: Mapping[str, Any] | None = None) -> ServeApplication:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,8 @@ from eagleray.errors import ServingError, UsageError
 from eagleray_serving.front import choose_front
 from eagleray_serving.home import Home, ServerRecord, find_process
 from eagleray_serving.plan import ModelPlan
-from eagleray_serving.server import Served, ServerOptions, require_resources, stop_there
+from eagleray_serving.protection import Protection
+from eagleray_serving.server import Served, ServerOptions, access_log_path, require_resources, stop_there
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 60.0
@@ -38,9 +40,9 @@ def start_detached(
         ResourceError: This machine has less than the replicas ask for.
     """
     require_resources(plans)
-    front = choose_front(options.host, options.port)
+    front = choose_front(options.host, options.port, options.edge.certificate)
     log = home.log_path(options.id)
-    listen = ["--host", options.host, "--port", str(options.port)]
+    listen = ["--host", options.host, "--port", str(options.port), *options.edge.words]
     command = [sys.executable, "-m", "eagleray.cli", "serve", "up", *arguments, *listen, "--record", options.id]
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -59,7 +61,9 @@ def start_detached(
             process.wait(STOP_TIMEOUT_S)
         process.kill()
         raise
-    return Served(record, front.kind, tuple(plans))
+    log_path = options.edge.log_path(access_log_path(home, options.id))
+    shown = [replace(plan, protection=Protection(access_log=log_path)) for plan in plans]
+    return Served(record, front.kind, tuple(shown), options.edge)
 
 
 def _await(process: subprocess.Popen[bytes], options: ServerOptions, home: Home, log: Path) -> ServerRecord:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eagleray_serving.events import MEDIA_TYPE
+from eagleray_serving.gate import OPEN_PATHS
 from eagleray_serving.schema import ANSWERS, REQUESTS, ErrorAnswer, Verb
 
 EXAMPLES: Mapping[Verb, Any] = {
@@ -17,19 +18,24 @@ EXAMPLES: Mapping[Verb, Any] = {
 }
 STATUSES: Mapping[int | str, str] = {
     400: "Malformed JSON, or several models could answer.",
+    401: "A key is needed, or this one is not known.",
+    403: "The key may not use this model.",
     404: "No such model or path.",
     405: "No such method here.",
     408: "The body did not arrive in time.",
     413: "The body, an item or the number of items is too large.",
+    414: "The URL is too long.",
     415: "The body is not application/json.",
     422: "JSON, but no request.",
-    429: "Too much is waiting; Retry-After says when to try again.",
+    429: "Too much is waiting, or the key has used its tokens; Retry-After says when to try again.",
+    431: "The headers are too large.",
     503: "No model answered in time; Retry-After says when to try again.",
 }
 PAGES = {
     "/healthz": "Whether the server lives.",
     "/readyz": "Whether every model answers.",
-    "/v1/models": "The models, with version and state.",
+    "/v1/models": "The models, with version, limits, scores and state.",
+    "/metrics": "What was counted, for Prometheus.",
     "/docs": "This page.",
     "/": "Where to begin.",
 }
@@ -56,6 +62,16 @@ def operation(verb: Verb, summary: str) -> dict[str, Any]:
     }
 
 
+def demand_key(document: dict[str, Any]) -> None:
+    """Write into an OpenAPI document that a key is needed, and where."""
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "A key; eagleray keys add NAME makes one."}
+    }
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+
+
 def docs_page(document: Mapping[str, Any]) -> str:
     """Render an OpenAPI document as one page without scripts, fonts or anything else from elsewhere."""
     sections = [
@@ -78,6 +94,8 @@ def _section(path: str, method: str, operation: Mapping[str, Any]) -> str:
     if "requestBody" in operation:
         example = operation["requestBody"]["content"]["application/json"]["example"]
         parts.append(f"<pre>{_text(_pretty(example))}</pre>")
+    if operation.get("security"):
+        parts.append("<p>Needs a key: <code>Authorization: Bearer KEY</code>.</p>")
     rows = "".join(
         f"<tr><td><code>{status}</code></td><td>{_text(response['description'])}</td></tr>"
         for status, response in operation["responses"].items()

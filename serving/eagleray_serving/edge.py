@@ -10,18 +10,23 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from eagleray_serving.answering import Asking
 from eagleray_serving.catalog import ModelCard, choose, find
-from eagleray_serving.documents import PAGES, docs_page, operation
+from eagleray_serving.documents import PAGES, demand_key, docs_page, operation
 from eagleray_serving.gate import Gate
 from eagleray_serving.guarded import GuardedFleet
+from eagleray_serving.keys import METRICS
+from eagleray_serving.metrics import CONTENT_TYPE, Reports
 from eagleray_serving.reception import framing
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
+from eagleray_serving.visits import require
 from eagleray_serving.web import read_body, request_id
 
 READY = "ready"
+# Pages that are no JSON.
+MEDIA = {"/docs": HTMLResponse, "/metrics": PlainTextResponse}
 
 
 class Fleet(Protocol):
@@ -63,6 +68,7 @@ class Edge:
         self._cards = tuple(cards)
         self._gate = gate or Gate()
         self._fleet = GuardedFleet(fleet, cards, self._gate)
+        self.reports = Reports()
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._versions = versions
@@ -77,9 +83,9 @@ class Edge:
             redoc_url=None,
             **framing(self._gate),
         )
-        pages = (self._health, self._readiness, self._models, self._page, self._index)
+        pages = (self._health, self._readiness, self._models, self._metrics, self._page, self._index)
         for (path, summary), page in zip(PAGES.items(), pages, strict=True):
-            app.add_api_route(path, page, summary=summary)
+            app.add_api_route(path, page, summary=summary, response_class=MEDIA.get(path, JSONResponse))
         # A model that stands at its named route has an application of its own there; these describe it.
         for card in self._cards:
             pair = f", {card.source} to {card.target}" if card.source else ""
@@ -90,6 +96,8 @@ class Edge:
         for verb in REQUESTS:
             self._add_model_route(app, f"/v1/{verb}", {"include_in_schema": False})
             self._add_model_route(app, f"/v1/{verb}/{{model}}", {"include_in_schema": False})
+        if self._gate.ring.is_asked:
+            demand_key(app.openapi())
         self._docs = docs_page(app.openapi())
         return app
 
@@ -127,6 +135,10 @@ class Edge:
             state = states.get(card.name, "missing")
             models.append({**shown.as_json(), "state": state} | ({} if rollout is None else {"rollout": rollout}))
         return JSONResponse({"models": models})
+
+    async def _metrics(self, request: Request) -> Response:
+        require(METRICS)
+        return Response(self.reports.render(self._gate.metrics), media_type=CONTENT_TYPE)
 
     async def _page(self, request: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'"

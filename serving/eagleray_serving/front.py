@@ -20,6 +20,7 @@ from eagleray.errors import ServingError, UsageError
 from eagleray_serving import haproxy_launcher
 from eagleray_serving.autoscaling import METRICS_INTERVAL_S
 from eagleray_serving.haproxy_launcher import ERROR_STATUSES, REFUSED_STATUSES, Settings
+from eagleray_serving.protection import Certificate
 from eagleray_serving.schema import error_body, headers_too_large, url_too_long
 
 DEFAULT_PORT = 8000
@@ -56,17 +57,20 @@ class Front:
         host: Address that the front listens on.
         ports: Its ports.
         binary: HAProxy; None: Ray's Python proxy is the front.
+        certificate: For TLS; None: plain HTTP.
     """
 
     host: str
     ports: Ports
     binary: Path | None
+    certificate: Certificate | None = None
 
     @property
     def url(self) -> str:
         """Where a client on this machine finds the server."""
         host = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.ports.http}"
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.ports.http}"
 
     @property
     def kind(self) -> str:
@@ -88,12 +92,13 @@ def find_haproxy() -> Path | None:
         return None
 
 
-def choose_front(host: str = LOOPBACK, port: int = DEFAULT_PORT) -> Front:
+def choose_front(host: str = LOOPBACK, port: int = DEFAULT_PORT, certificate: Certificate | None = None) -> Front:
     """Choose the ports of a server that is about to start.
 
     Args:
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
+        certificate: For TLS.
 
     Raises:
         ServingError: The port is in use.
@@ -106,7 +111,7 @@ def choose_front(host: str = LOOPBACK, port: int = DEFAULT_PORT) -> Front:
             *(held.enter_context(_free_port(LOOPBACK, 0)) for _ in range(4)),
         )
         first = min(first, 65_000 - NUM_REPLICA_PORTS)
-        return Front(host, Ports(http, fallback, stats, metrics, first), find_haproxy())
+        return Front(host, Ports(http, fallback, stats, metrics, first), find_haproxy(), certificate)
 
 
 @contextmanager
@@ -176,7 +181,8 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
     ports, sockets = front.ports, folder / "h"
     sockets.mkdir(mode=0o700, exist_ok=True)
     timeout_s = round(limits.timeout_s) + SERVER_GRACE_S
-    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes)
+    pem = None if front.certificate is None else _write_pem(front.certificate, sockets / "tls.pem")
+    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes, pem)
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(install_launcher(settings)),
@@ -196,6 +202,12 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
         "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
     }
+
+
+def _write_pem(certificate: Certificate, path: Path) -> str:
+    path.touch(mode=0o600)
+    path.write_bytes(certificate.pem())
+    return str(path)
 
 
 def install_launcher(settings: Settings) -> Path:

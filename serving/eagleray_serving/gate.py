@@ -9,10 +9,9 @@ import base64
 import binascii
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -21,6 +20,7 @@ from eagleray_serving.access_log import AccessLog
 from eagleray_serving.answering import Asking
 from eagleray_serving.keys import ApiKey, KeyFile, KeyRing
 from eagleray_serving.metrics import Metrics
+from eagleray_serving.protection import Protection
 from eagleray_serving.rates import Rates
 from eagleray_serving.schema import WireError
 from eagleray_serving.visits import Usage, Visit, current_visit
@@ -33,30 +33,6 @@ BROWSER_PATHS = frozenset({"/docs", "/openapi.json"})
 SCHEMES = ("bearer", "deepl-auth-key")
 
 
-@dataclass(frozen=True, slots=True)
-class Protection:
-    """What a server was told about its edge; crosses processes, and holds no key.
-
-    Attributes:
-        keys: File of the keys' hashes; None: nobody is asked for one.
-        access_log: The access log; None: none is written.
-        has_addresses: Whether the access log says where a request came from.
-    """
-
-    keys: str | None = None
-    access_log: str | None = None
-    has_addresses: bool = False
-
-    def as_args(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_args(cls, args: Mapping[str, Any]) -> Protection:
-        """Rebuild it from plain values."""
-        return cls(**args)
-
-
 class Gate:
     """The gate of one process.
 
@@ -64,18 +40,24 @@ class Gate:
         protection: What the server was told.
         max_header_bytes: Largest request line and headers.
         returns_ids: Whether answers get their `X-Request-Id` here; Serve adds it to whatever it runs.
+        owner_sha256: Hash of the token with which the server's owner commands it: one more key, for everything.
 
     Raises:
         ServingError: The keys cannot be read.
     """
 
     def __init__(
-        self, protection: Protection | None = None, *, max_header_bytes: int = 16_384, returns_ids: bool = True
+        self,
+        protection: Protection | None = None,
+        *,
+        max_header_bytes: int = 16_384,
+        returns_ids: bool = True,
+        owner_sha256: str | None = None,
     ) -> None:
         protection = protection or Protection()
         self.max_header_bytes = max_header_bytes
         self.returns_ids = returns_ids
-        self.ring = KeyRing(None if protection.keys is None else KeyFile(Path(protection.keys)))
+        self.ring = KeyRing(None if protection.keys is None else KeyFile(Path(protection.keys)), owner_sha256)
         self.rates = Rates()
         self.metrics = Metrics()
         log = None if protection.access_log is None else Path(protection.access_log)

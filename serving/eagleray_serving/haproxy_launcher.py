@@ -38,12 +38,14 @@ class Settings(NamedTuple):
         errors_dir: Folder of the answers `<status>.http` and of the bodies `<status>.json`.
         request_timeout_s: Seconds in which a request must arrive.
         max_header_bytes: Largest request line and headers.
+        pem: Certificate and private key in one file, where the front speaks TLS.
     """
 
     binary: str
     errors_dir: str
     request_timeout_s: int
     max_header_bytes: int
+    pem: str | None = None
 
 
 def frontend_rules(settings: Settings) -> list[str]:
@@ -106,6 +108,9 @@ def rewrite(config: str, settings: Settings) -> str:
         "option abortonclose",
         ["option http-buffer-request", f"timeout http-request {settings.request_timeout_s}s", *errors],
     )
+    if settings.pem is not None:
+        number = _find(lines, "bind ", "frontend http_frontend")
+        lines[number] += f" ssl crt {settings.pem} ssl-min-ver TLSv1.2 alpn http/1.1"
     _insert(lines, "bind ", frontend_rules(settings), after="frontend http_frontend")
     _insert(lines, "maxconn ", [f"tune.http.maxhdr {MAX_HEADERS}"], after="global")
     return "\n".join(lines) + "\n"

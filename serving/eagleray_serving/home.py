@@ -39,6 +39,7 @@ class ServerRecord:
         log: Where its output is; None in the foreground.
         state: What it is doing.
         error: Code, message and hint, when it failed.
+        certificate: The certificate chain that it shows; None: plain HTTP.
     """
 
     id: str
@@ -52,6 +53,7 @@ class ServerRecord:
     log: str | None
     state: State
     error: dict[str, Any] | None = None
+    certificate: str | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -107,6 +109,7 @@ class Home:
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._dir = root / "serve"
 
     @classmethod

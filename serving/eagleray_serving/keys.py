@@ -194,13 +194,15 @@ class KeyRing:
 
     Args:
         file: Where they are; None: nobody is asked for a key.
+        owner_sha256: Hash of one more key, that of the server's owner, for everything.
 
     Raises:
         ServingError: The file cannot be read.
     """
 
-    def __init__(self, file: KeyFile | None = None) -> None:
+    def __init__(self, file: KeyFile | None = None, owner_sha256: str | None = None) -> None:
         self._file = file
+        self._owner = () if owner_sha256 is None else (_owner(owner_sha256),)
         self._keys: Mapping[str, ApiKey] = {}
         self._names: Mapping[str, ApiKey] = {}
         self._seen: tuple[int, int, int] | None = None
@@ -239,7 +241,7 @@ class KeyRing:
         self._seen = seen
 
     def _take(self, keys: Iterable[ApiKey]) -> None:
-        found = tuple(keys)
+        found = (*keys, *self._owner)
         self._keys = {key.sha256: key for key in found}
         self._names = {key.name: key for key in found}
 
@@ -252,6 +254,10 @@ class KeyRing:
         except OSError:
             return self._seen  # a disk that does not answer for a while
         return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def _owner(sha256: str) -> ApiKey:
+    return ApiKey(name="owner", sha256=sha256, scopes=(ADMIN,), created=datetime.now(UTC))
 
 
 def _described(name: str, key: str, scopes: Iterable[str], tokens_per_s: float | None = None) -> ApiKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from eagleray.errors import ServingError
 from eagleray_serving.deployments import edge_application, model_application
 from eagleray_serving.front import LOOPBACK
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
+from eagleray_serving.protection import Certificate
 
 POLL_S = 0.1
 HTTP_TIMEOUT_S = 5.0
@@ -21,19 +23,25 @@ FAILED = ("DEPLOY_FAILED",)
 _OUR_ERROR = re.compile(r"eagleray\.errors\.\w+: (?P<message>[^\n]+)(?:\n {2}(?P<hint>\S[^\n]*))?")
 
 
-def start_serve(host: str, port: int, variables: Mapping[str, str]) -> None:
+def start_serve(
+    host: str, port: int, variables: Mapping[str, str], certificate: Certificate | None = None
+) -> None:
     """Start Serve.
 
     Args:
         host: Address that its front listens on.
         port: Port that its front listens on.
         variables: Environment of its controller and whatever that starts, where Ray's own lacks it.
+        certificate: For TLS, where Ray's Python proxy is the front.
     """
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    tls = {}
+    if certificate is not None:
+        tls = {"ssl_certfile": str(certificate.chain), "ssl_keyfile": str(certificate.key)}
     serve.start(
-        http_options=HTTPOptions(host=host, port=port),
+        http_options=HTTPOptions(host=host, port=port, **tls),
         controller_options={"runtime_env": {"env_vars": dict(variables)}} if variables else None,
     )
 
@@ -45,6 +53,12 @@ def running_url() -> str | None:
         return None
     host = LOOPBACK if options["host"] in ("0.0.0.0", "::", None) else options["host"]
     return f"http://{host}:{options['port']}"
+
+
+def running_host() -> str:
+    """Return the address that the Serve of the joined cluster listens on."""
+    options = _http_options()
+    return "0.0.0.0" if options is None or options["host"] is None else str(options["host"])
 
 
 def refuse_existing(applications: Sequence[str]) -> None:
@@ -83,7 +97,9 @@ def launch(
     )
 
 
-def wait_until_ready(applications: Sequence[str], url: str, paths: Sequence[str], timeout_s: float) -> None:
+def wait_until_ready(
+    applications: Sequence[str], url: str, paths: Sequence[str], timeout_s: float, trust: ssl.SSLContext
+) -> None:
     """Return when every application runs and answers through the front.
 
     Args:
@@ -91,6 +107,7 @@ def wait_until_ready(applications: Sequence[str], url: str, paths: Sequence[str]
         url: The front.
         paths: Routes of models that must answer by now.
         timeout_s: Seconds to wait.
+        trust: What the front's certificate is checked with.
 
     Raises:
         ServingError: One failed, or did not answer in time.
@@ -100,10 +117,10 @@ def wait_until_ready(applications: Sequence[str], url: str, paths: Sequence[str]
     while waiting and time.monotonic() < deadline:
         time.sleep(POLL_S)
         waiting = _not_running(waiting)
-    with httpx.Client(base_url=url, timeout=HTTP_TIMEOUT_S) as client:
+    with httpx.Client(base_url=url, timeout=HTTP_TIMEOUT_S, verify=trust) as client:
         while not waiting and time.monotonic() < deadline:
-            # GET on a model's route is 405 from the replica itself, without running the model.
-            if _answers(client, "/readyz", 200) and all(_answers(client, path, 405) for path in paths):
+            # GET on a model's route is 405 (401 where keys are asked for) from the replica itself.
+            if _answers(client, "/readyz", 200) and all(_answers(client, path, 401, 405) for path in paths):
                 return
             time.sleep(POLL_S)
     what = ", ".join(waiting) if waiting else url
@@ -157,9 +174,9 @@ def _failure(name: str, status: Any) -> ServingError:
     return ServingError(f"{name} did not start: {lines[-1].strip() if lines else 'no reason given'}", text)
 
 
-def _answers(client: httpx.Client, path: str, status: int) -> bool:
+def _answers(client: httpx.Client, path: str, *statuses: int) -> bool:
     try:
-        return client.get(path).status_code == status
+        return client.get(path).status_code in statuses
     except httpx.HTTPError:
         return False
 

@@ -63,10 +63,16 @@ class Metrics:
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._batch_items = Histogram(
-            "eagleray_batch_items", "Items in a batch of the model.", buckets=BATCH_ITEMS, registry=registry
+            "eagleray_batch_items",
+            "Items in work, at each step of the model.",
+            buckets=BATCH_ITEMS,
+            registry=registry,
         )
         self._batch_tokens = Histogram(
-            "eagleray_batch_tokens", "Tokens in a batch of the model.", buckets=BATCH_TOKENS, registry=registry
+            "eagleray_batch_tokens",
+            "Tokens in work, at each step of the model.",
+            buckets=BATCH_TOKENS,
+            registry=registry,
         )
         self._queued = Gauge("eagleray_queued_tokens", "Tokens that wait for the model.", registry=registry)
 
@@ -83,7 +89,7 @@ class Metrics:
         self._answer_s.labels(*labels).observe(seconds)
 
     def count_batch(self, num_items: int, num_tokens: int) -> None:
-        """Count a batch of the model of this process."""
+        """Count what is in work at a step of the model of this process."""
         self._batch_items.observe(num_items)
         self._batch_tokens.observe(num_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,23 @@ from eagleray.config.loader import LoadedFile
 from eagleray.config.schema import RunConfig, ServeConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError, UsageError
 from eagleray_serving.catalog import ModelCard, route_prefixes
+from eagleray_serving.protection import Protection
 from eagleray_serving.schema import InputKind
 
 if TYPE_CHECKING:
     from eagleray.store.checkpoint import Checkpoint
 
 EDGE_APPLICATION = "edge"
+# Limits of one request, by their keys in `serve`: what `/v1/models` tells a client.
+SHOWN_LIMITS = (
+    "max_items",
+    "max_item_characters",
+    "max_body_bytes",
+    "max_header_bytes",
+    "max_depth",
+    "max_image_pixels",
+    "request_timeout_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,7 @@ class ModelPlan:
         serve: The file's `serve` section.
         code: Directories of the user's own packages.
         server: Id of the server: where its versions are written down, apart from those of any other.
+        protection: What the server was told about its edge.
     """
 
     store: str
@@ -39,6 +51,7 @@ class ModelPlan:
     serve: ServeConfig
     code: tuple[str, ...] = ()
     server: str = "server"
+    protection: Protection = field(default_factory=Protection)
 
     @property
     def application(self) -> str:
@@ -54,6 +67,7 @@ class ModelPlan:
             "serve": self.serve.model_dump(mode="json"),
             "code": list(self.code),
             "server": self.server,
+            "protection": self.protection.as_args(),
         }
 
     @classmethod
@@ -66,6 +80,7 @@ class ModelPlan:
             ServeConfig.model_validate(args["serve"]),
             tuple(args["code"]),
             args["server"],
+            Protection.from_args(args["protection"]),
         )
 
 
@@ -136,6 +151,9 @@ def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
     _check_degrees(checkpoint, config)
     location = str(Path(config.store).resolve()) if store.is_local and "://" not in config.store else config.store
     card, columns = _card(stored.model_copy(update={"name": config.name}), checkpoint.version, config.code)
+    limits = {key: getattr(config.serve, key) for key in SHOWN_LIMITS}
+    scores = {name: score for name, score in checkpoint.manifest.metrics.items() if score is not None}
+    card = replace(card, scores=scores, limits=limits)
     return ModelPlan(location, card, columns, config.serve, tuple(config.code), server)
 
 

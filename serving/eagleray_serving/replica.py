@@ -12,6 +12,7 @@ from eagleray_serving.board import RayNotes
 from eagleray_serving.gate import Gate
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.plan import ModelPlan
+from eagleray_serving.reporting import Reporter, replica_id
 from eagleray_serving.service import ModelService
 from eagleray_serving.version_loading import hold_versions
 
@@ -25,11 +26,13 @@ class ModelReplica:
 
     def __init__(self, plan: ModelPlan) -> None:
         keep_on_loopback()
-        self._versions, follower = hold_versions(plan, own_id(), RayNotes())
+        gate = Gate(plan.protection, max_header_bytes=plan.serve.max_header_bytes, returns_ids=False)
+        self._versions, follower = hold_versions(plan, replica_id(), RayNotes(), gate.metrics.count_batch)
         # The loop keeps no reference to a task that nobody awaits.
         self._following = asyncio.get_running_loop().create_task(follower.run())
-        gate = Gate(max_header_bytes=plan.serve.max_header_bytes, returns_ids=False)
+        gate.metrics.watch_queue(lambda: self._versions.num_queued_tokens)
         self._service = ModelService(plan.card, plan.columns, self._versions, plan.serve, gate)
+        gate.watch(Reporter(gate, plan.card.name, replica_id()))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application that answers this replica's HTTP requests."""
@@ -38,10 +41,3 @@ class ModelReplica:
     async def hand_on(self, body: bytes, asking: Asking) -> Response:
         """Answer a request that reached the edge first."""
         return await self._service.respond(body, asking)
-
-
-def own_id() -> str:
-    """Return the id that Serve gave this replica."""
-    from ray import serve
-
-    return str(serve.get_replica_context().replica_id.unique_id)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eagleray.cluster import check_local, connect
 from eagleray.config.loader import LoadedFile
-from eagleray.errors import ConfigError, EaglerayError, ServingError
+from eagleray.errors import ConfigError, EaglerayError, ServingError, UsageError
 from eagleray.resources import ResourceRequest
 from eagleray_serving.autoscaling import initial_replicas, num_ranks
 from eagleray_serving.front import Front, RequestLimits, choose_front, joined_environment
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
+from eagleray_serving.protection import (
+    KEYS_VARIABLE,
+    Certificate,
+    EdgeOptions,
+    Protection,
+    is_loopback,
+    trusting,
+)
 from eagleray_serving.watchdog import watched
 
 Notify = Callable[[str], None]
@@ -41,6 +50,7 @@ class ServerOptions:
         id: Name of its record.
         log: Where a detached server's output goes.
         ready_timeout_s: Seconds in which every replica must answer.
+        edge: Keys, TLS and the access log.
     """
 
     host: str
@@ -50,6 +60,7 @@ class ServerOptions:
     id: str
     log: str | None = None
     ready_timeout_s: float = READY_TIMEOUT_S
+    edge: EdgeOptions = field(default_factory=EdgeOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +71,13 @@ class Served:
         record: What is remembered of it.
         front: `haproxy`, `python`, or `existing` on a cluster where Serve ran already.
         plans: Its models.
+        edge: Its keys, TLS and access log.
     """
 
     record: ServerRecord
     front: str
     plans: tuple[ModelPlan, ...]
+    edge: EdgeOptions = field(default_factory=EdgeOptions)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -74,6 +87,8 @@ class Served:
             "pid": self.record.pid,
             "front": self.front,
             "log": self.record.log,
+            "access_log": self.plans[0].protection.access_log,
+            "has_keys": self.edge.has_keys,
             "models": [plan.card.as_json() for plan in self.plans],
         }
 
@@ -89,7 +104,9 @@ class Served:
         else:
             columns = ", ".join(f'"{column}": "..."' for column in self.plans[0].columns)
             data = f"""'{{"inputs": [{{{columns}}}]}}'"""
-        return f"curl -s {url} -H 'content-type: application/json' -d {data}"
+        trust = "" if self.edge.certificate is None else f" --cacert {self.edge.certificate.chain}"
+        key = ' -H "authorization: Bearer $EAGLERAY_KEY"' if self.edge.has_keys else ""
+        return f"curl -s{trust} {url}{key} -H 'content-type: application/json' -d {data}"
 
 
 class StopRequest:
@@ -131,6 +148,11 @@ class StopRequest:
         while not self._event.wait(WATCH_S):
             if not is_alive():
                 raise ServingError("Ray ended under the server", "its log has the reason; start it again")
+
+
+def access_log_path(home: Home, id: str) -> Path:
+    """Return where the access log of a server is written unless another place is named."""
+    return home.log_path(f"{id}-access")
 
 
 def require_resources(plans: Sequence[ModelPlan]) -> None:
@@ -181,13 +203,18 @@ def serve_here(
     from eagleray_serving.head import own_head, ray_is_alive
 
     require_resources(plans)
-    front = choose_front(options.host, options.port)
+    front = choose_front(options.host, options.port, options.edge.certificate)
+    # What is hashed in the server's folder by now is not for the environment of all its processes.
+    os.environ.pop(KEYS_VARIABLE, None)
     stop = StopRequest()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eagleray-", dir="/tmp")))
+        plans = _protected(plans, options.edge.protection(access_log_path(home, options.id), folder))
         record = own_record(
             options.id, folder, front.url, _applications(plans), [plan.card.ref for plan in plans], options.log
         )
+        if front.certificate is not None:
+            record = replace(record, certificate=str(front.certificate.chain))
         home.write(record)
         stack.callback(home.remove, record)
         stack.enter_context(watched(folder))
@@ -201,7 +228,7 @@ def serve_here(
             _deploy(plans, front, options.ready_timeout_s, home.new_token_sha256(options.id))
             stack.callback(_drain, record.applications)
             record = home.update(record, "ready")
-        on_ready(Served(record, front.kind, tuple(plans)))
+        on_ready(Served(record, front.kind, tuple(plans), options.edge))
         stop.wait(ray_is_alive)
         home.update(record, "stopping")
 
@@ -241,17 +268,21 @@ def serve_there(
         delete,
         launch,
         refuse_existing,
+        running_host,
         running_url,
         start_serve,
     )
 
     stop = StopRequest()
+    plans = _protected(plans, options.edge.protection(None))
     applications = _applications(plans)
     code = [path for plan in plans for path in plan.code]
     with ExitStack() as stack:
         cluster = stack.enter_context(connect(options.address, code=code, verbose=options.verbose))
         stop.install()
         url, front = running_url(), "existing"
+        if url is not None and not options.edge.has_keys and not options.edge.is_insecure:
+            _refuse_open_front(running_host())
         if url is None:
             variables = joined_environment()
             start_serve(options.host, options.port, variables)
@@ -271,7 +302,7 @@ def serve_there(
         launch(plans, current_runtime_env(), home.new_token_sha256(options.id))
         _wait(plans, url, options.ready_timeout_s)
         record = home.update(replace(record, pid=None, created=None) if detach else record, "ready")
-        on_ready(Served(record, front, tuple(plans)))
+        on_ready(Served(record, front, tuple(plans), options.edge))
         if detach:
             kept.pop_all()
             return
@@ -289,16 +320,32 @@ def stop_there(record: ServerRecord, *, verbose: bool = False) -> None:
 def _deploy(plans: Sequence[ModelPlan], front: Front, ready_timeout_s: float, token_sha256: str) -> None:
     from eagleray_serving.launch import launch, start_serve
 
-    start_serve(front.host, front.ports.http, {})
+    # HAProxy ends TLS itself; told of it, Serve's replicas would speak TLS to HAProxy as well.
+    start_serve(front.host, front.ports.http, {}, front.certificate if front.binary is None else None)
     launch(plans, None, token_sha256)
-    _wait(plans, front.url, ready_timeout_s)
+    _wait(plans, front.url, ready_timeout_s, front.certificate)
 
 
-def _wait(plans: Sequence[ModelPlan], url: str, ready_timeout_s: float) -> None:
+def _protected(plans: Sequence[ModelPlan], protection: Protection) -> list[ModelPlan]:
+    return [replace(plan, protection=protection) for plan in plans]
+
+
+def _refuse_open_front(host: str) -> None:
+    if not is_loopback(host):
+        raise UsageError(
+            f"Serve on this cluster listens on {host}, and the server has no keys",
+            "make one: eagleray keys add NAME; or say that everybody may use it: --insecure-no-keys",
+        )
+
+
+def _wait(
+    plans: Sequence[ModelPlan], url: str, ready_timeout_s: float, certificate: Certificate | None = None
+) -> None:
     from eagleray_serving.launch import wait_until_ready
 
     awaited = [plan.card.path for plan in plans if initial_replicas(plan.serve) > 0]
-    wait_until_ready(_applications(plans), url, awaited, ready_timeout_s)
+    trust = trusting(None if certificate is None else certificate.chain)
+    wait_until_ready(_applications(plans), url, awaited, ready_timeout_s, trust)
 
 
 def _applications(plans: Sequence[ModelPlan]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from eagleray.store.manifest import Manifest
 from eagleray.store.objects import ObjectStore
@@ -18,21 +18,26 @@ from eagleray_serving.split import Split
 from eagleray_serving.trial import Recorded, Recorder, check_same_kind, try_on
 from eagleray_serving.versions import Loaded, Versions
 
+OnStep = Callable[[int, int], None]
 
-def hold_versions(plan: ModelPlan, replica: str, notes: Notes) -> tuple[Versions, Follower]:
+
+def hold_versions(
+    plan: ModelPlan, replica: str, notes: Notes, on_step: OnStep = lambda num_items, num_tokens: None
+) -> tuple[Versions, Follower]:
     """Load what a replica that starts now must answer with, and return what makes it follow from then on.
 
     Args:
         plan: What is served; its version counts only where no controller has said another one yet.
         replica: Id of the replica.
         notes: What the processes of the server share.
+        on_step: Told the items and the tokens that are in work, whenever a model is put to it.
 
     Raises:
         NotFoundError: The version is gone.
         CheckpointDamagedError: A byte of it is not what was committed.
         ServingError: The model fails on a first item.
     """
-    board, loading, recorder = Board(notes, plan.server, plan.card.name), plan_loading(plan), Recorder()
+    board, loading, recorder = Board(notes, plan.server, plan.card.name), plan_loading(plan, on_step), Recorder()
     state = board.rollout()
     current = plan.card.version if state is None else state.current
     versions = Versions(loading.load(current, None), plan.serve.request_timeout_s, recorder)
@@ -44,7 +49,7 @@ def hold_versions(plan: ModelPlan, replica: str, notes: Notes) -> tuple[Versions
     return versions, Follower(replica, versions, recorder, board, loading)
 
 
-def plan_loading(plan: ModelPlan) -> Loading:
+def plan_loading(plan: ModelPlan, on_step: OnStep = lambda num_items, num_tokens: None) -> Loading:
     """Return how the versions of a model are loaded."""
     manifests: dict[str, Manifest] = {}
 
@@ -59,7 +64,7 @@ def plan_loading(plan: ModelPlan) -> Loading:
             del engine
             gc.collect()
             raise
-        return BatchedEngine(engine, plan.serve)
+        return BatchedEngine(engine, plan.serve, on_step)
 
     def version_no_room(version: str) -> str | None:
         if not plan.serve.rollout.load_beside:

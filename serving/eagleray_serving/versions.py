@@ -34,6 +34,10 @@ class Loaded(Protocol):
     def version(self) -> str:
         """`r1-step-00001200`."""
 
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens that wait and are not yet in work."""
+
     async def answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
     ) -> Answers:
@@ -79,6 +83,11 @@ class Versions:
     def loaded(self) -> tuple[str, ...]:
         """The versions in memory that requests may meet."""
         return tuple(self._held)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens that wait, whichever version they wait for."""
+        return sum(held.loaded.num_queued_tokens for held in self._held.values())
 
     @property
     def split(self) -> Split | None:

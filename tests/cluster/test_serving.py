@@ -6,7 +6,9 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from serving_models import Command, commit, echo, family, translation, wait_gone, wait_until, write_file
 
 SLEEP_S = 0.02
+POST = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+GET = b"GET /v1/predict HTTP/1.1\r\nhost: x\r\n"
 
 
 @dataclass(frozen=True)
@@ -223,3 +228,94 @@ def test_a_port_in_use_is_said_in_seconds_and_starts_nothing(server: Running, mo
     done = server.command.run("serve", str(models / "en-fr.yaml"), "--port", port, "--json", timeout_s=60)
     assert done.returncode == 1
     assert f"port {port}" in json.loads(done.stdout)["error"]["message"]
+
+
+HOSTILE_BYTES: dict[str, tuple[bytes, int]] = {
+    "pipelined": (POST + b"content-length: 15\r\n\r\n" + b'{"inputs": [1]}' + GET + b"\r\n", 200),
+    "chunked": (POST + b"transfer-encoding: chunked\r\n\r\nf\r\n" + b'{"inputs": [1]}' + b"\r\n0\r\n\r\n", 200),
+    "no body": (POST + b"\r\n", 400),
+    "two lengths": (POST + b"content-length: 3\r\ncontent-length: 4\r\n\r\nabc", 400),
+    "a large header": (GET + b"x: " + b"a" * 17_000 + b"\r\n\r\n", 431),
+    "a long URL": (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414),
+    "an unknown method": (b"BREW /v1/predict HTTP/1.1\r\nhost: x\r\n\r\n", 405),
+    "an upgrade": (GET + b"connection: upgrade\r\nupgrade: h2c\r\n\r\n", 405),
+    "an encoded NUL": (b"GET /v1/predict/%00 HTTP/1.1\r\nhost: x\r\n\r\n", 405),
+    "the routes of Serve": (b"GET /-/routes HTTP/1.1\r\nhost: x\r\n\r\n", 404),
+    "garbage": (b"\x16\x03\x01" * 20 + b"\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("data, status", HOSTILE_BYTES.values(), ids=HOSTILE_BYTES)
+def test_hostile_bytes_are_refused_and_hurt_nobody(
+    server: Running, client: httpx.Client, data: bytes, status: int
+) -> None:
+    if server.info["front"] != "haproxy":
+        pytest.skip("another front")
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port), timeout=10) as connection:
+        connection.sendall(data)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 %d " % status)
+    assert client.post("/v1/predict", json={"inputs": [1]}).status_code == 200
+
+
+def test_an_answer_names_its_request_once_and_the_access_log_tells_of_it_without_its_text(
+    server: Running, client: httpx.Client
+) -> None:
+    texts = {"text": ["6 July of a secret", "7 July"]}
+    answers = {
+        "direct": client.post("/v1/translate/en-fr", json=texts, headers={"x-request-id": "direct"}),
+        "by-the-edge": client.post(
+            "/v1/translate", json={**texts, "target": "de"}, headers={"x-request-id": "by-the-edge"}
+        ),
+        "refused": client.get("/v1/predict", headers={"x-request-id": "refused"}),
+    }
+    for id, answer in answers.items():
+        assert answer.headers.get_list("x-request-id") == [id]
+    made = client.get("/healthz").headers.get_list("x-request-id")
+    assert len(made) == 1 and len(made[0]) >= 32
+    lines = _lines_of(Path(server.info["access_log"]), set(answers))
+    assert {id: (line["status"], line["model"], line["items"]) for id, line in lines.items()} == {
+        "direct": (200, "en-fr", 2),
+        "by-the-edge": (200, "en-de", 2),
+        "refused": (405, None, 0),
+    }
+    assert lines["direct"]["route"] == "/v1/translate/{model}" and lines["direct"]["tokens"] > 2
+    assert lines["direct"]["version"] == "r1-step-00000010" and lines["direct"]["ms"] > 0
+    assert "secret" not in Path(server.info["access_log"]).read_text()
+
+
+def test_the_metrics_of_all_replicas_are_at_the_edge(server: Running, client: httpx.Client) -> None:
+    def ask(_: int) -> int:
+        return httpx.post(server.url + "/v1/predict", json={"inputs": [1, 2, 3]}, timeout=30).status_code
+
+    deadline = time.monotonic() + 30
+    while True:
+        # Again and again: the replica in the place of one that was killed counts from its first request on.
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(ask, range(16))) == {200}
+        response = client.get("/metrics")
+        families = {each.name: each for each in text_string_to_metric_families(response.text)}
+        items = families["eagleray_items"].samples if "eagleray_items" in families else []
+        replicas = {sample.labels["replica"] for sample in items if sample.labels["model"] == "own"}
+        if len(replicas) >= 2 or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert len(replicas) >= 2
+    for name in ("requests", "request_seconds", "tokens", "answer_seconds", "batch_items", "queued_tokens"):
+        assert families[f"eagleray_{name}"].samples, name
+    (sample, *_) = items
+    assert {"model", "version", "lane", "replica"} == set(sample.labels)
+
+
+def test_the_list_of_models_tells_limits_and_scores(client: httpx.Client) -> None:
+    models = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
+    assert models["own"]["limits"]["max_body_bytes"] == 100_000
+    assert models["en-fr"]["scores"] == {"loss": 1.0}
+
+
+def _lines_of(log: Path, ids: set[str]) -> dict[str, Any]:
+    deadline = time.monotonic() + 10
+    while True:
+        found = {line["id"]: line for line in map(json.loads, log.read_text().splitlines()) if line["id"] in ids}
+        if set(found) == ids or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)

@@ -60,10 +60,19 @@ class Batcher(Generic[T, R]):
         start: Puts the model to work under some options; one work is advanced at a time.
         limits: What may be in work at once.
         bulk_share: Of so many choices in a row, one is led by the oldest bulk item, if there is one.
+        on_step: Told the items and the tokens that are in work, whenever the model is put to it.
     """
 
-    def __init__(self, start: Start[T, R], limits: BatchLimits, *, bulk_share: int = 4) -> None:
+    def __init__(
+        self,
+        start: Start[T, R],
+        limits: BatchLimits,
+        *,
+        bulk_share: int = 4,
+        on_step: Callable[[int, int], None] = lambda num_items, num_tokens: None,
+    ) -> None:
         self._start = start
+        self._on_step = on_step
         self._limits = limits
         self._bulk_share = bulk_share
         self._choices_since_bulk = 0
@@ -178,6 +187,7 @@ class Batcher(Generic[T, R]):
             work = self._work_under(options)
             while (entering := self._choose(options)) or self._running:
                 leaving = self._let_in(entering)
+                self._on_step(len(self._running), self._num_running_tokens)
                 self._advancing_since_s = asyncio.get_running_loop().time()
                 for ended in await work.advance([request.entering() for request in entering], leaving):
                     self._settle(ended)

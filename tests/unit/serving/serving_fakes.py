@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -71,7 +72,11 @@ class FakeFleet:
         return dict.fromkeys(self._services, READY) if self._states is None else self._states
 
     async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
-        answer: Response = pickle.loads(pickle.dumps(await self._services[name].respond(body, asking)))
+        # As in another process: nothing of the caller's context is there.
+        there = asyncio.get_running_loop().create_task(
+            self._services[name].respond(body, asking), context=Context()
+        )
+        answer: Response = pickle.loads(pickle.dumps(await there))
         return answer
 
 

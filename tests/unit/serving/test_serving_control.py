@@ -17,7 +17,10 @@ from eagleray_serving.answering import Answers, ItemFailure
 from eagleray_serving.commanding import choose_server
 from eagleray_serving.control import Control
 from eagleray_serving.edge import Edge
+from eagleray_serving.gate import Gate
 from eagleray_serving.home import Home, ServerRecord
+from eagleray_serving.keys import KeyFile, new_key
+from eagleray_serving.protection import Protection
 from eagleray_serving.room import no_room
 from eagleray_serving.trial import NUM_EXAMPLES, Recorded, Recorder, check_same_kind, try_on
 
@@ -25,11 +28,12 @@ TOKEN = "secret"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 
-def application(site: Site, token: str | None = TOKEN) -> Any:
+def application(site: Site, token: str | None = TOKEN, protection: Protection | None = None) -> Any:
     sha256 = None if token is None else hashlib.sha256(token.encode()).hexdigest()
     control = Control([site.plan], DictNotes(), sha256)
     fleet = FakeFleet({NAME: service(EN_FR)})
-    edge = Edge([site.plan.card], fleet, max_body_bytes=1000, body_timeout_s=1, versions=control.views)
+    gate = Gate(protection, owner_sha256=sha256)
+    edge = Edge([site.plan.card], fleet, max_body_bytes=1000, body_timeout_s=1, versions=control.views, gate=gate)
     app = edge.application()
     app.router.routes.extend(control.routes())
     return app
@@ -43,6 +47,20 @@ def test_a_command_without_the_servers_token_is_refused(tmp_path: Path) -> None:
             assert (refused.status_code, is_error(refused)) == (401, True)
     closed = application(Site(tmp_path / "other", num_replicas=0), token=None)
     assert call(closed, "POST", f"/v1/models/{NAME}/promote", b"{}", BEARER).status_code == 403
+
+
+def test_where_there_are_keys_one_for_admin_commands_as_well_as_the_servers_token(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    keys = {}
+    for scope in ("admin", "translate"):
+        keys[scope], kept = new_key(scope, [scope])
+        file.add(kept)
+    app = application(Site(tmp_path, num_replicas=0), protection=Protection(keys=str(file.path)))
+    asked = {None: 401, "other": 401, keys["translate"]: 403, keys["admin"]: 409, TOKEN: 409}
+    for key, status in asked.items():
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        response = call(app, "POST", f"/v1/models/{NAME}/promote", b"{}", headers)
+        assert (response.status_code, is_error(response)) == (status, True), response.text
 
 
 def test_commands_answer_what_they_did_and_v1_models_shows_it(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from starlette.types import ASGIApp
 
 from eagleray.errors import ServingError, UsageError
 from eagleray_serving.edge import Edge
-from eagleray_serving.gate import Gate, Protection
+from eagleray_serving.gate import Gate
 from eagleray_serving.keys import ApiKey, KeyFile, KeyRing, keys_of, new_key
+from eagleray_serving.protection import Protection
 
 BODY = b'{"text": "a"}'
 MakeKey = Callable[..., str]
