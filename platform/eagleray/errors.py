@@ -18,6 +18,7 @@
     |   `-- PeersLostError                     a rank did not take part in a save in time
     |-- RunFailedError                exit 1   training, evaluation or prediction ended without its result
     |   |-- WorkerError                        a worker raised or died
+    |   |-- WorkerMemoryError                  a worker needed more memory than it may have
     |   `-- NonFiniteLossError                 the loss became NaN or infinite
     |-- ServingError                  exit 1   a server could not be started, reached or stopped
     |   |-- RequestTimeoutError                no answer within the time of the request
@@ -117,6 +118,10 @@ class RunFailedError(EaglerayError):
 
 class WorkerError(RunFailedError):
     """A worker raised or died."""
+
+
+class WorkerMemoryError(RunFailedError):
+    """A worker needed more memory than there is, or than it may have."""
 
 
 class NonFiniteLossError(RunFailedError):

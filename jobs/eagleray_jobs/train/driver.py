@@ -17,7 +17,7 @@ from eagleray.cluster import Cluster, connect
 from eagleray.config.crosschecks import layout_of
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
-from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError
+from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError, WorkerMemoryError
 from eagleray.hub import hash_checkpoint, locate_pretrained
 from eagleray.models import build_unfilled
 from eagleray.models.plans import parallel_plan
@@ -36,8 +36,10 @@ from eagleray_jobs.data.ray_pieces import run_with_ray
 from eagleray_jobs.data.rows import Piece, Source
 from eagleray_jobs.data.sources import open_source
 from eagleray_jobs.train.board import Phase, open_board
-from eagleray_jobs.train.failures import merge
+from eagleray_jobs.train.failures import find_fatal, merge, spell_ranks
 from eagleray_jobs.train.launch import build_trainer, environment
+from eagleray_jobs.train.memory import ended_for_memory, kernel_kills
+from eagleray_jobs.train.outlook import Outlook
 from eagleray_jobs.train.preflight import check_half_precision, workers_request
 from eagleray_jobs.train.profiles import find_profiles
 from eagleray_jobs.train.progress import Goal
@@ -113,6 +115,7 @@ class _Driver:
         self.goal = Goal("loss", greater_is_better=False)
         self.snapshot = Snapshot(0, self.train_config.global_batch_size, "claim", time.monotonic())
         self.num_events = 0
+        self.outlook = Outlook()
 
     def run(self) -> TrainReport:
         add_code(self.config.code)
@@ -126,7 +129,7 @@ class _Driver:
         if isinstance(claim, Finished):
             return self._already_finished(claim)
         with claim:
-            report = self._report(self._train(claim), claim.handle)
+            report = self._report(self._train_within_memory(claim), claim.handle)
             ended = Outcome.FINISHED if report.is_complete else Outcome.INTERRUPTED
             claim.finish(ended, report.as_json())
         return report
@@ -141,6 +144,14 @@ class _Driver:
         model = self.config.model
         pretrained = None if model.pretrained is None else hash_checkpoint(locate_pretrained(model))
         return Contents(self.source.content, pretrained)
+
+    def _train_within_memory(self, claim: RunClaim) -> LoopResult:
+        """Train; where memory was out, say what the workers needed and which keys would help."""
+        try:
+            return self._train(claim)
+        except WorkerMemoryError as error:
+            needs = self.outlook.needs()
+            raise WorkerMemoryError(error.message, None if needs is None else needs.hint()) from error
 
     def _train(self, claim: RunClaim) -> LoopResult:
         self._enter("start Ray")
@@ -174,7 +185,9 @@ class _Driver:
             return run_with_ray(encode, pieces)
 
         prepared = prepare(self.config, task, self.store, run_pieces, self.view.note, self.source)
-        self._check_layout(task.load_processor(prepared.processor_files))
+        processor = task.load_processor(prepared.processor_files)
+        self._check_layout(processor)
+        self.outlook.begin(self.config, self.layout, processor)
         max_steps = num_steps(self.train_config, len(prepared.split("train")))
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
         profile: Literal["collectives"] | None = "collectives" if self.options.profile else None
@@ -193,20 +206,22 @@ class _Driver:
                 self.view.note(f"pipeline: {line}")
 
     def _fit(self, claim: RunClaim, cluster: Cluster, spec: WorkerSpec, request: ResourceRequest) -> LoopResult:
-        board = open_board(cluster.node_id())
+        board, kills_before = open_board(cluster.node_id()), kernel_kills()
         with environment(), tempfile.TemporaryDirectory(prefix="eagleray-train-") as scratch:
             payload = {"spec": spec, "board": board}
             fit = _Fit(build_trainer(train_on_worker, payload, self.config, self.train_config, request, scratch))
             cluster.quiet()
             fit.start()
             self._watch(fit, claim, board)
-        return _outcome(fit.error, board, cluster)
+        return _outcome(fit.error, board, cluster, kernel_kills() - kills_before)
 
     def _watch(self, fit: _Fit, claim: RunClaim, board: Any) -> None:
         is_stopping, is_over = False, False
         while not is_over:
             is_over = not fit.is_alive()
             self._show_new(board)
+            for line in self.outlook.lines():
+                self.view.note(line)
             if self.stop.number is not None and not is_stopping:
                 is_stopping = True
                 claim.request_stop()
@@ -277,8 +292,14 @@ class _Fit(threading.Thread):
             self.error = error
 
 
-def _outcome(error: Exception | None, board: Any, cluster: Cluster) -> LoopResult:
+def _outcome(error: Exception | None, board: Any, cluster: Cluster, num_kills: int) -> LoopResult:
     """Return the loop's result, or raise what ended it.
+
+    Args:
+        error: What Ray Train raised.
+        board: What ranks posted.
+        cluster: Where the logs are.
+        num_kills: Processes that this machine's out-of-memory killer has ended meanwhile.
 
     Raises:
         EaglerayError: A rank's own error, or one made of those of several ranks.
@@ -289,7 +310,11 @@ def _outcome(error: Exception | None, board: Any, cluster: Cluster) -> LoopResul
     if error is None and result is not None:
         return result
     failures = ray.get(board.failures.remote(), timeout=BOARD_TIMEOUT_S)
-    dead = set(getattr(error, "worker_failures", {})) - {failure.world_rank for failure in failures}
+    deaths = getattr(error, "worker_failures", {})
+    dead = set(deaths) - {failure.world_rank for failure in failures}
+    said = ended_for_memory((str(deaths[rank]) for rank in sorted(dead)), num_kills)
+    if dead and said is not None and not find_fatal(failures):
+        raise WorkerMemoryError(f"the process of {spell_ranks(sorted(dead))} was ended: {said}")
     logs = f"Ray's own logs, with what the workers printed, are in {cluster.log_dir}"
     if failures or dead:
         raise merge(failures, dead, logs)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eagleray.errors import EaglerayError, PeersLostError, WorkerError
+from eagleray.errors import EaglerayError, PeersLostError, WorkerError, WorkerMemoryError
 from eagleray_jobs.train.whereabouts import RanksMissingError, Whereabouts
 
 _LOST_PEER = (
@@ -103,7 +103,9 @@ def merge(failures: Sequence[RankFailure], dead: Iterable[int] = (), hint: str |
         if failure.lost_peer:
             waited.append(failure.world_rank)
         else:
-            causes[failure.kind, failure.message].append(failure)
+            # Ranks run out of memory one after the other, each with a number of its own.
+            message = "" if isinstance(failure.error, WorkerMemoryError) else failure.message
+            causes[failure.kind, message].append(failure)
     if not causes:
         return _loss(failures, sorted(dead), waited)
     first, *others = causes.values()
@@ -112,12 +114,12 @@ def merge(failures: Sequence[RankFailure], dead: Iterable[int] = (), hint: str |
         return own
     parts = [_describe(group) for group in (first, *others)]
     if waited:
-        parts.append(f"{_ranks(waited)} only waited and lost the connection")
+        parts.append(f"{spell_ranks(waited)} only waited and lost the connection")
     return WorkerError("\n".join(parts), hint)
 
 
 def _describe(group: Sequence[RankFailure]) -> str:
-    ranks = _ranks([failure.world_rank for failure in group])
+    ranks = spell_ranks([failure.world_rank for failure in group])
     return f"{ranks} raised {group[0].kind}: {group[0].message}\n{group[0].traceback.rstrip()}"
 
 
@@ -131,11 +133,11 @@ def _loss(failures: Sequence[RankFailure], dead: Sequence[int], waited: Sequence
     shown = "\n  ".join(map(str, fullest))
     if not missing:
         return WorkerError(
-            f"{_ranks(waiting)} waited for each other, each in another collective\n  {shown}",
+            f"{spell_ranks(waiting)} waited for each other, each in another collective\n  {shown}",
             "Every rank must call the same collectives in the same order: see the lines where they are.",
         )
     return WorkerError(
-        f"{_ranks(missing)} did not come to a collective in which {_ranks(waiting)} waited\n  {shown}",
+        f"{spell_ranks(missing)} did not come to a collective in which {spell_ranks(waiting)} waited\n  {shown}",
         "What a rank does longer than train.ddp_timeout is taken for a hang: see the line where it is.",
     )
 
@@ -145,9 +147,10 @@ def _num_answers(whereabouts: Sequence[Whereabouts]) -> int:
 
 
 def _death(dead: Sequence[int], waited: Sequence[int]) -> str:
-    lost = f"the process of {_ranks(dead)} died" if dead else "a worker was lost"
-    return f"{lost}; {_ranks(waited)} noticed" if waited else lost
+    lost = f"the process of {spell_ranks(dead)} died" if dead else "a worker was lost"
+    return f"{lost}; {spell_ranks(waited)} noticed" if waited else lost
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def spell_ranks(ranks: Sequence[int]) -> str:
+    """Name ranks: `rank 3`, `ranks 0, 2`."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

@@ -163,6 +163,7 @@ class _Loop:
     def evaluate(self, progress: Progress) -> Progress:
         assert self.evaluator is not None
         self.lookout.doing(f"evaluation after step {progress.step}")
+        self.step.release_gradients()
         with self.timeline.span("evaluate"), self.throughput.paused(), self.whole_model() as model:
             scores = self.evaluator.run(model, progress.step)
         return progress.after_evaluation(scores, self.goal)
@@ -192,6 +193,7 @@ class _Loop:
 
     def save(self, progress: Progress) -> None:
         self.lookout.doing(f"save of step {progress.step}")
+        self.step.release_gradients()  # a save copies weights and optimizer state
         with self.timeline.span("save"):
             self.saves.start(
                 step=progress.step,

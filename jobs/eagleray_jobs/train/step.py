@@ -121,6 +121,10 @@ class TrainStep:
             self.scaler.update()
         return StepResult(totals, grad_norm)
 
+    def release_gradients(self) -> None:
+        """Free the gradients of the last step, which nothing reads any more, for what needs memory besides."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     def _forward_backward(self, batch: StepBatch, stop: bool, saving: bool) -> Totals:
         """Accumulate gradients; the totals travel while the last backward pass runs."""
         sent: list[Pending] = []

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from eagleray.telemetry import logging_to
 from eagleray.user_code import add_code
 from eagleray_jobs.train.board import Phase, Saved
 from eagleray_jobs.train.failures import RankFailure
+from eagleray_jobs.train.memory import MemoryGuard, as_memory_error, over_limit
 from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
 
 STOP_POLL_S = 0.5
@@ -34,11 +36,16 @@ def train_on_worker(payload: dict[str, Any]) -> None:
 
     board, spec, rank = payload["board"], payload["spec"], get_context().get_world_rank()
     restarts = ray.get(board.start.remote(rank), timeout=POST_TIMEOUT_S)
+    limit_bytes = spec.config.resources.worker_memory_limit_bytes
     try:
-        with logging_to(run=f"{spec.run.name}@r{spec.run.run}", rank=rank):
+        with (
+            logging_to(run=f"{spec.run.name}@r{spec.run.run}", rank=rank),
+            MemoryGuard(limit_bytes, partial(_end_over_limit, board, rank, limit_bytes)),
+        ):
             result = _train(spec, board, rank, restarts)
     except BaseException as error:
-        ray.get(board.fail.remote(RankFailure.of(rank, error)), timeout=POST_TIMEOUT_S)
+        failure = RankFailure.of(rank, as_memory_error(rank, error) or error)
+        ray.get(board.fail.remote(failure), timeout=POST_TIMEOUT_S)
         # The class of the error may be the user's own, and unknown to Ray's controller.
         raise WorkerError(f"rank {rank} raised {type(error).__name__}: {error}") from None
     if rank == 0:
@@ -66,6 +73,17 @@ def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult
             board.post.remote(Phase("load model", restarts))
         parts = assemble(spec, get_device(), extra_sinks=lambda: [RayMetrics(spec.config.name)], lookout=lookout)
         return run_loop(spec, parts, control)
+
+
+def _end_over_limit(board: Any, rank: int, limit_bytes: int, held_bytes: int) -> None:
+    """Tell why, and end this process in whatever it is doing: it would only take more."""
+    import ray
+
+    try:
+        failure = RankFailure.of(rank, over_limit(rank, held_bytes, limit_bytes))
+        ray.get(board.fail.remote(failure), timeout=POST_TIMEOUT_S)
+    finally:
+        os._exit(1)
 
 
 def _use_local_code(code: Sequence[str]) -> None:

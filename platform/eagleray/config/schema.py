@@ -271,6 +271,12 @@ class ResourcesConfig(Section):
         default_factory=lambda: {"CPU": 1.0},
         description="Ray resources of one worker, for example `{CPU: 2}`.",
     )
+    worker_memory_limit_bytes: PositiveInt | None = Field(
+        None,
+        description="Resident memory that one worker may hold of its own, in bytes, besides what is mapped from "
+        "files; beyond it the run ends with what would help. null: what the machine has. (`memory` under "
+        "`resources_per_worker` only reserves.)",
+    )
     wait_s: NonNegativeFloat | None = Field(
         None,
         description="Seconds to wait for missing resources on a joined cluster; default: 600 where an autoscaler "
