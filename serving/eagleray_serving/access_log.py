@@ -13,10 +13,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagleray_serving.visits import Visit
 
@@ -24,6 +23,16 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING_LINES = 100_000
 MAX_FILE_BYTES = 64 * 2**20
+
+
+class _Answered(NamedTuple):
+    time: float
+    visit: Visit
+    method: str
+    route: str
+    status: int
+    ms: float
+    address: str | None
 
 
 class AccessLog:
@@ -41,7 +50,7 @@ class AccessLog:
         self._path = path
         self._has_addresses = has_addresses
         self._max_file_bytes = max_file_bytes
-        self._lines: deque[Mapping[str, Any]] = deque()
+        self._lines: deque[_Answered] = deque()
         self._num_lost = 0
         self._lock = threading.Lock()
 
@@ -52,23 +61,8 @@ class AccessLog:
         if len(self._lines) >= MAX_WAITING_LINES:
             self._num_lost += 1  # a disk that does not take them must not fill the memory
             return
-        used = visit.used
-        line: dict[str, Any] = {
-            "time": time.time(),
-            "id": visit.id,
-            "method": method,
-            "route": route,
-            "model": ",".join({each.model: None for each in used}) or None,
-            "version": ",".join({each.version: None for each in used}) or None,
-            "status": status,
-            "items": sum(each.num_items for each in used),
-            "tokens": sum(each.num_tokens for each in used),
-            "ms": round((time.monotonic() - visit.began) * 1000, 3),
-            "key": None if visit.key is None else visit.key.name,
-        }
-        if self._has_addresses:
-            line["address"] = address
-        self._lines.append(line)
+        ms = (time.monotonic() - visit.began) * 1000
+        self._lines.append(_Answered(time.time(), visit, method, route, status, ms, address))
 
     def flush(self) -> None:
         """Write what waits; called by a thread, and at the end."""
@@ -81,7 +75,7 @@ class AccessLog:
                 logger.error("%d lines of the access log were lost: %s is too slow", self._num_lost, self._path)
                 self._num_lost = 0
             try:
-                self._write(b"".join(map(_encoded, lines)))
+                self._write(b"".join(map(self._encoded, lines)))
             except OSError as error:
                 logger.error("%d lines of the access log were lost: %s", len(lines), error)
 
@@ -99,7 +93,22 @@ class AccessLog:
         finally:
             os.close(descriptor)
 
-
-def _encoded(line: Mapping[str, Any]) -> bytes:
-    when = datetime.fromtimestamp(line["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return json.dumps({**line, "time": when}).encode() + b"\n"
+    def _encoded(self, answered: _Answered) -> bytes:
+        visit, used = answered.visit, answered.visit.used
+        when = datetime.fromtimestamp(answered.time, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": when.replace("+00:00", "Z"),
+            "id": visit.id,
+            "method": answered.method,
+            "route": answered.route,
+            "model": ",".join({each.model: None for each in used}) or None,
+            "version": ",".join({each.version: None for each in used}) or None,
+            "status": answered.status,
+            "items": sum(each.num_items for each in used),
+            "tokens": sum(each.num_tokens for each in used),
+            "ms": round(answered.ms, 3),
+            "key": None if visit.key is None else visit.key.name,
+        }
+        if self._has_addresses:
+            line["address"] = answered.address
+        return json.dumps(line).encode() + b"\n"

@@ -5,8 +5,10 @@ Every process that answers HTTP has one gate: keys hold on a replica's own port 
 
 from __future__ import annotations
 
+import atexit
 import base64
 import binascii
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +27,14 @@ from eagleray_serving.rates import Rates
 from eagleray_serving.schema import WireError
 from eagleray_serving.visits import Usage, Visit, current_visit
 
+logger = logging.getLogger(__name__)
+
 # How often keys are looked at again and the access log is written.
 TICK_S = 0.5
 # What answers without a key: whether the server lives says nothing about what it serves.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+# Of other clients' dialects, those that carry the key in their body: whoever reads it calls `Gate.identify`.
+BODY_KEY_PATHS = frozenset({"/translate", "/detect"})
 BROWSER_PATHS = frozenset({"/docs", "/openapi.json"})
 SCHEMES = ("bearer", "deepl-auth-key")
 
@@ -65,13 +71,17 @@ class Gate:
 
     def watch(self, report: Callable[[], None] = lambda: None) -> None:
         """Follow the keys, write the log and report, in a thread that ends with the process."""
+        atexit.register(self.log.flush)
         threading.Thread(target=self._watch, args=(report,), name="eagleray-gate", daemon=True).start()
 
     def _watch(self, report: Callable[[], None]) -> None:
         while True:
-            self.ring.follow()
-            self.log.flush()
-            report()
+            for step in (self.ring.follow, self.log.flush, report):
+                try:
+                    step()
+                except Exception:
+                    # Whatever it was: keys must go on being followed.
+                    logger.exception("the gate's thread failed, and goes on")
             time.sleep(TICK_S)
 
     def authenticate(self, scope: Scope, headers: Headers) -> ApiKey | None:
@@ -84,9 +94,23 @@ class Gate:
             return None
         given = key_of(headers)
         key = None if given is None else self.ring.find(given)
-        if key is None and scope["path"] not in OPEN_PATHS:
+        is_later = given is None and scope["path"] in BODY_KEY_PATHS
+        if key is None and not is_later and scope["path"] not in OPEN_PATHS:
             raise unauthorized(given is not None, is_browser=scope["path"] in BROWSER_PATHS)
         return key
+
+    def identify(self, given: str | None) -> None:
+        """Take a key that the current visit carries in its body.
+
+        Raises:
+            WireError: 401, it is none of ours.
+        """
+        visit = current_visit()
+        if visit is None or visit.key is not None or not self.ring.is_asked:
+            return
+        visit.key = None if given is None else self.ring.find(given)
+        if visit.key is None:
+            raise unauthorized(given is not None)
 
     def admit(self, scope: str) -> None:
         """Let the current visit use a model, where its key may and has tokens left.
@@ -95,11 +119,13 @@ class Gate:
             scope: What it uses: a verb and a model, as in `translate/en-fr`.
 
         Raises:
-            WireError: 403 or 429.
+            WireError: 401, 403 or 429.
         """
         visit = current_visit()
         if visit is None:
             return  # behind a handle: asked where it entered
+        if visit.key is None and self.ring.is_asked:
+            raise unauthorized(False)
         visit.require(scope)
         if not visit.is_admitted:
             self.rates.admit(visit.key)

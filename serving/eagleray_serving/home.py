@@ -124,7 +124,7 @@ class Home:
     def log_path(self, id: str) -> Path:
         """Return where a detached server writes; the logs of servers that ended a week ago are removed."""
         self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in self._dir.glob("*.log"):
+        for old in self._dir.glob("*.log*"):
             if time.time() - old.stat().st_mtime > LOG_LIFE_S and not old.with_suffix(".json").exists():
                 old.unlink(missing_ok=True)
         return self._dir / f"{id}.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from serving_fakes import DIGITS, EN_DE, EN_FR, LANGID, OWN, FakeFleet, call, is
 
 from eagleray_serving.catalog import ModelCard, choose, route_prefixes
 from eagleray_serving.edge import Edge
+from eagleray_serving.gate import Gate
+from eagleray_serving.keys import KeyFile, new_key
+from eagleray_serving.protection import Protection
 from eagleray_serving.schema import WireError
 from eagleray_serving.web import whole_path
 
@@ -93,6 +97,23 @@ def test_the_documents_name_every_route_and_load_nothing() -> None:
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "/v1/translate/en-fr" in page.text
     assert not any(mark in page.text for mark in ("<script", "<link", "src=", "http://", "https://"))
+
+
+def test_the_documents_of_a_server_with_keys_say_so(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    key, kept = new_key("one", ["translate"])
+    file.add(kept)
+    fleet = FakeFleet({EN_FR.name: service(EN_FR)})
+    gate = Gate(Protection(keys=str(file.path)))
+    app = Edge([EN_FR], fleet, max_body_bytes=1000, body_timeout_s=1, gate=gate).application()
+    bearer = {"authorization": f"Bearer {key}"}
+    document = call(app, "GET", "/openapi.json", headers=bearer).json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    needs = {path: bool(next(iter(methods.values()))["security"]) for path, methods in document["paths"].items()}
+    assert {path for path, needed in needs.items() if not needed} == {"/", "/healthz", "/readyz"}
+    assert {"401", "403", "429"} <= set(document["paths"]["/v1/translate"]["post"]["responses"])
+    assert "Authorization: Bearer KEY" in call(app, "GET", "/docs", headers=bearer).text
+    assert "securitySchemes" not in call(edge(EN_FR), "GET", "/openapi.json").json()["components"]
 
 
 def test_every_reference_of_the_openapi_document_leads_somewhere() -> None:

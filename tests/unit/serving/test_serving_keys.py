@@ -19,6 +19,8 @@ from eagleray_serving.edge import Edge
 from eagleray_serving.gate import Gate
 from eagleray_serving.keys import ApiKey, KeyFile, KeyRing, keys_of, new_key
 from eagleray_serving.protection import Protection
+from eagleray_serving.schema import WireError
+from eagleray_serving.visits import Visit, enter
 
 BODY = b'{"text": "a"}'
 MakeKey = Callable[..., str]
@@ -251,6 +253,23 @@ def test_a_removed_key_is_refused_once_the_file_was_looked_at(file: KeyFile, mak
     file.remove("one")
     guard.ring.follow()
     assert call(app, "POST", "/v1/translate", BODY, bearer(key)).status_code == 401
+
+
+def test_a_key_in_a_body_is_taken_and_no_model_is_used_without_one(file: KeyFile, make: MakeKey) -> None:
+    key = make("one", "translate")
+    guard = gate(file)
+    for given, status in ((None, 401), ("er_wrong", 401), (key, 403)):
+        visit = Visit("id")
+        enter(visit)
+        with pytest.raises(WireError) as caught:
+            guard.identify(given)
+            guard.admit("classify/langid")
+        assert caught.value.status == status
+    enter(Visit("id"))
+    with pytest.raises(WireError, match="a key is needed"):
+        guard.admit("translate/en-fr")
+    guard.identify(key)
+    guard.admit("translate/en-fr")
 
 
 def test_no_answer_and_no_error_shows_a_key(file: KeyFile, make: MakeKey) -> None:
