@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import EaglerayError, ResourceError, UsageError
-from eagleray.local_ray import start_local_ray
+from eagleray.local_ray import start_local_ray, stop_log_monitor
 from eagleray.resources import ResourceRequest, Shortage, count_cpus, count_gpus, find_shortage
 from eagleray.shipping import runtime_env
 from eagleray.telemetry import RayLog
@@ -243,6 +243,8 @@ def _init(target: str | None, code: Sequence[str], verbose: bool, dashboard: boo
     try:
         if target is None:
             start_local_ray(ray.init, num_cpus=count_cpus(), include_dashboard=dashboard, **quiet)
+            if not verbose:
+                stop_log_monitor()
         else:
             with tempfile.TemporaryDirectory(prefix="eagleray-ship-") as staging:
                 ray.init(address=target, runtime_env=_environment(Path(staging), code), **quiet)

@@ -46,6 +46,19 @@ def start_local_ray(init: Callable[..., Any], **options: Any) -> None:
             end_processes(set(psutil.Process().children()) - before)
 
 
+def stop_log_monitor() -> None:
+    """End the process that follows the workers' logs for a driver which does not show them.
+
+    Ray starts it whatever `log_to_driver` says, and it looks into every file ten times a second: a hundredth of a
+    core. The files are where they were.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is not None:
+        node.kill_log_monitor(check_alive=False)
+
+
 def end_processes(processes: set[psutil.Process]) -> None:
     """End what a failed start has left, and wait for it."""
     for process in processes:

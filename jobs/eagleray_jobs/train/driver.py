@@ -25,6 +25,7 @@ from eagleray.parallel import ParallelOptions, check_layout
 from eagleray.parallel.cut import describe_cut
 from eagleray.parallel.pipeline import cut_model
 from eagleray.resources import ResourceRequest
+from eagleray.scheduling import giving_way
 from eagleray.store.claim import Finished, RunClaim, claim_run
 from eagleray.store.decide import Contents, Outcome
 from eagleray.store.objects import ObjectStore
@@ -91,7 +92,12 @@ def train(config: RunConfig, options: TrainOptions, ray_stack: ExitStack | None 
         OwnerAliveError: Somebody else is training this name.
         InterruptedRunError: A second signal, or one before there was anything to commit.
     """
-    with ExitStack() as own_stack, stop_signals() as stop, open_view(options.stream, config.name) as view:
+    with (
+        ExitStack() as own_stack,
+        giving_way(),  # with all that it starts; the workers come first
+        stop_signals() as stop,
+        open_view(options.stream, config.name) as view,
+    ):
         try:
             return _Driver(config, options, view, stop, ray_stack or own_stack).run()
         except StopAtOnce as error:
@@ -207,9 +213,15 @@ class _Driver:
 
     def _fit(self, claim: RunClaim, cluster: Cluster, spec: WorkerSpec, request: ResourceRequest) -> LoopResult:
         board, kills_before = open_board(cluster.node_id()), kernel_kills()
-        with environment(), tempfile.TemporaryDirectory(prefix="eagleray-train-") as scratch:
+        is_local, train = cluster.is_local, self.train_config
+        with (
+            environment(is_local=is_local),
+            tempfile.TemporaryDirectory(prefix="eagleray-train-") as scratch,
+        ):
             payload = {"spec": spec, "board": board}
-            fit = _Fit(build_trainer(train_on_worker, payload, self.config, self.train_config, request, scratch))
+            fit = _Fit(
+                build_trainer(train_on_worker, payload, self.config, train, request, scratch, is_local=is_local)
+            )
             cluster.quiet()
             fit.start()
             self._watch(fit, claim, board)

@@ -12,6 +12,7 @@ from typing import Any
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.resources import ResourceRequest
 from eagleray_jobs.train.failures import find_fatal
+from eagleray_jobs.train.trainer import trainer_class
 
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -22,6 +23,9 @@ ENVIRONMENT = {
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "60",
 }
 """Ray Train waits for minutes or forever by default; what the user has set stays."""
+
+LOCAL_ENVIRONMENT = {**ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""The same for a Ray of our own: nobody takes this machine away before its time (see `trainer`)."""
 
 MAX_START_FAILURES = 2
 ROOT_CAUSE_WAIT_S = 1.0
@@ -74,11 +78,11 @@ def build_trainer(
     train: TrainConfig,
     request: ResourceRequest,
     scratch: str,
+    *,
+    is_local: bool,
 ) -> Any:
-    """Return the TorchTrainer of a run; `payload["board"]` is its board."""
-    from ray.train.torch import TorchTrainer
-
-    return TorchTrainer(
+    """Return the TorchTrainer of a run; `payload["board"]` is its board, `is_local` says that Ray is our own."""
+    return trainer_class(is_local=is_local)(
         function,
         train_loop_config=payload,
         torch_config=torch_config(train),
@@ -88,9 +92,10 @@ def build_trainer(
 
 
 @contextmanager
-def environment() -> Iterator[None]:
+def environment(*, is_local: bool) -> Iterator[None]:
     """Set what Ray Train reads from the driver's environment, and restore it."""
-    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    wanted = LOCAL_ENVIRONMENT if is_local else ENVIRONMENT
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

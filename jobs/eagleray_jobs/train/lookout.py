@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from eagleray.scheduling import give_way
 from eagleray_jobs.train.failures import is_lost_peer
 from eagleray_jobs.train.whereabouts import RanksMissingError, Whereabouts
 
@@ -69,6 +70,7 @@ class Lookout:
         self._closed.set()
 
     def _watch(self) -> None:
+        give_way()
         try:
             while not self._closed.wait(POLL_S):
                 if self._store.check(["asked"]):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from eagleray.scheduling import give_way
 from eagleray.store.objects import ObjectStore
 from eagleray_jobs.train.spec import MetricRecord
 
@@ -82,6 +83,7 @@ class MetricWriter:
             )
 
     def _run(self) -> None:
+        give_way()
         written: Event | None = None
         while written is not self._end:
             records, written = self._take()

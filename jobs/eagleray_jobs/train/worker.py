@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import StoreError, WorkerError
+from eagleray.scheduling import come_first, give_way
 from eagleray.store.runs import RunHandle, stop_requested
 from eagleray.store.saver import SaveResult
 from eagleray.store.sharing import check_shared
@@ -34,6 +35,7 @@ def train_on_worker(payload: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
+    come_first()
     board, spec, rank = payload["board"], payload["spec"], get_context().get_world_rank()
     restarts = ray.get(board.start.remote(rank), timeout=POST_TIMEOUT_S)
     limit_bytes = spec.config.resources.worker_memory_limit_bytes
@@ -139,6 +141,7 @@ class WorkerControl:
             self._board.post.remote(Saved(result.step, result.ref, error))
 
     def _watch_record(self) -> None:
+        give_way()
         while not self._closed.wait(STOP_POLL_S):
             try:
                 if stop_requested(self._run):
