@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -127,11 +128,13 @@ class BatchedEngine:
 
     async def _prepare(self, items: Sequence[Mapping[str, Any]]) -> list[Prepared | ItemError]:
         self._num_preparing += len(items)
+        given_up = threading.Event()
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._preparing, lambda: [_prepare(self._engine, item) for item in items]
+                self._preparing, lambda: [_prepare(self._engine, item) for item in items if not given_up.is_set()]
             )
         finally:
+            given_up.set()  # where nobody waits any more, the rest is not for the thread to do
             self._num_preparing -= len(items)
 
     async def _run(

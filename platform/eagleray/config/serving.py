@@ -80,7 +80,7 @@ class ServeConfig(Section):
     max_depth: Annotated[int, Field(ge=1, le=100)] = Field(
         32, description="Lists and objects inside one another in an input of a task of your own."
     )
-    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+    max_image_pixels: Annotated[int, Field(ge=1, le=50_000_000)] = Field(
         32 * 1024 * 1024, description="Pixels of one image, told from its header before it is decoded."
     )
     request_timeout_s: PositiveFloat = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,8 @@ from eagleray.tasks.classification import ClassificationTask, labels_file, pretr
 from eagleray.tasks.tokenizer import as_directory, save_to_files
 
 MAX_PIXELS = 50_000_000
+# Decoded at the same time, if it is more than one image.
+PIXELS_AT_ONCE = 4 * 2**20
 """Largest image that is opened: a small file may unpack to gigabytes."""
 
 # Not among them: EPS, which Pillow hands to Ghostscript, a program.
@@ -39,6 +41,10 @@ class ImageClassificationProcessor(Processor):
         self.labels = tuple(labels)
         # One mean per channel: that is how an image processor says what its model sees.
         self.mode = "L" if len(processor.image_mean or (0, 0, 0)) == 1 else "RGB"
+
+    def pixels(self, images: Sequence[Any]) -> Sequence[Any]:
+        """Resize and normalise opened images, each for itself."""
+        return self.processor(list(images), return_tensors="np")["pixel_values"]  # type: ignore[no-any-return]
 
     def files(self) -> dict[str, bytes]:
         """Return the image processor's file and ours."""
@@ -86,8 +92,7 @@ class ImageClassificationTask(ClassificationTask):
     def collate(self, rows_: Sequence[Features], processor: Processor) -> Batch:
         """Resize and normalise, shapes (B, channels, height, width) and (B,)."""
         assert isinstance(processor, ImageClassificationProcessor)
-        images = [_open(row["image"]).convert(processor.mode) for row in rows_]
-        pixels = processor.processor(images, return_tensors="np")["pixel_values"]
+        pixels = [each for images in _opened(rows_, processor.mode) for each in processor.pixels(images)]
         return {"pixel_values": torch.from_numpy(np.stack(pixels))} | self.collate_labels(rows_)
 
     def logits(self, model: nn.Module, batch: Batch) -> Any:
@@ -154,6 +159,20 @@ def _read_file(path: str) -> bytes:
 def _open_store(location: str) -> ObjectStore:
     """Open a folder of images once: a client of its own for each of a million of them would take hours."""
     return ObjectStore.open(location)
+
+
+def _opened(rows_: Sequence[Features], mode: str) -> Iterator[list[Any]]:
+    """Yield opened images, a few million pixels at a time: a batch of large ones may fill the memory."""
+    images: list[Any] = []
+    num_pixels = 0
+    for row in rows_:
+        images.append(_open(row["image"]).convert(mode))
+        num_pixels += images[-1].width * images[-1].height
+        if num_pixels >= PIXELS_AT_ONCE:
+            yield images
+            images, num_pixels = [], 0
+    if images:
+        yield images
 
 
 def _encode_array(value: Any) -> bytes:
