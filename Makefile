@@ -34,6 +34,10 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 
 bench: $(STAMP)  ## measure beside the peers, one benchmark after another; prints tables (docs/benchmarks.md)
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/layouts_speed.py
+	$(BIN)/python benchmarks/layouts_memory.py
+	$(BIN)/python benchmarks/pipeline_bubble.py
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/predict.py
 

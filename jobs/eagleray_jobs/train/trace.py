@@ -111,7 +111,7 @@ def picture(ranks: Sequence[RankTimeline], title: str) -> bytes:
     ]
     for number, rank in enumerate(ranks):
         y = TOP + number * pitch
-        place = f"<tspan fill='#666'> {html.escape(rank.place)}</tspan>"
+        place = f"<tspan dx='4' fill='#666'> {html.escape(rank.place)}</tspan>"
         parts.append(f'<text x="10" y="{y + 17}">rank {rank.world_rank}{place}</text>')
         parts.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH}" height="{ROW_HEIGHT}" fill="#f3f3f3"/>')
         for span in rank.spans:

@@ -1,0 +1,147 @@
+"""Memory of each layout: weights, gradients and optimizer state beside ZeRO's formula, and the peak of a process.
+
+Our training loop, without Ray, in fresh processes of one thread each. The bytes are those of the memory that the
+tensors of the fullest rank keep alive after an update; the formula is that of ZeRO's stage 3 (Rajbhandari et al.
+2019, arXiv 1910.02054) for its parameters. The peak is the largest resident memory without mapped files, less what
+the process held before it built the model.
+
+    python benchmarks/layouts_memory.py [--quick] [--write docs/benchmarks.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from layouts import Case, Data, in_fresh_processes, megabytes, train_ours
+from results_page import describe_machine, markdown_table, write_section
+
+STATE = Case("single", width=512, num_layers=4, rows=16, steps=3)
+"""About 30 million parameters, so that layers outweigh all that a process holds besides."""
+ACTIVATIONS = replace(STATE, width=256, rows=256, train={"group_by_length": True})
+LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "hsdp2x2", "fsdp4", "fsdp2.tp2", "pp2.fsdp2", "pp2.tp2")
+RECOMPUTED = ("ddp2", "fsdp2", "tp2", "pp2")
+POLL_S = 0.005
+
+
+@dataclass
+class Watch:
+    """Looks at this process's memory while it trains, and at what it holds after updates; a `Probe`."""
+
+    layout: Any
+    peak: int = 0
+    held: Any = None
+    formula: Any = None
+    module: Any = None
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def cut(self, module: Any) -> None:
+        self.module = module
+
+    def backward(self, step: int, scale: float) -> None: ...
+
+    def updated(self, optimizer: Any, *_: object) -> None:
+        from eagleray.parallel.footprint import measure_footprint, zero_footprint
+
+        parameters = list(self.module.parameters())
+        self.held = measure_footprint(parameters, optimizer)
+        sizes = [sum(p.numel() for p in parameters if p.requires_grad is kind) for kind in (True, False)]
+        self.formula = zero_footprint(*sizes, self.layout)
+
+    def look(self) -> None:
+        from eagleray_jobs.train.memory import own_memory_bytes
+
+        while not self.closed.wait(POLL_S):
+            self.peak = max(self.peak, own_memory_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a rank held: after updates, by the formula, and at most."""
+
+    held: Any
+    formula: Any
+    peak: int
+
+
+def measure_rank(case: Case, data: Data) -> Found:
+    """Train on this rank and watch it."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from eagleray_jobs.train.memory import own_memory_bytes
+
+    data.open()  # so that it imports what it needs before the memory is taken
+    watch, before = Watch(case.degrees), own_memory_bytes()
+    hook = register_optimizer_step_post_hook(watch.updated)
+    threading.Thread(target=watch.look, daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder:
+        train_ours(case, data, folder, probe=watch)
+    watch.closed.set()
+    hook.remove()
+    return Found(watch.held, watch.formula, watch.peak - before)
+
+
+def measure(case: Case, data: Data) -> Found:
+    """Return what the fullest rank held, and the highest peak."""
+    ranks = in_fresh_processes(case.degrees.num_workers, measure_rank, case, data)
+    fullest = max(ranks, key=lambda each: each.held.total)
+    return replace(fullest, peak=max(each.peak for each in ranks))
+
+
+def state_table(case: Case, data: Data, layouts: tuple[str, ...]) -> str:
+    rows = []
+    for layout in layouts:
+        found = measure(replace(case, layout=layout), data)
+        held, formula = found.held, found.formula
+        parts = [megabytes(n) for n in (held.parameters, held.gradients, held.optimizer, held.total)]
+        off = held.total / formula.total - 1
+        print(f"{layout}: {parts[-1]} MB, peak {megabytes(found.peak)} MB", file=sys.stderr, flush=True)
+        rows.append([layout, *parts, megabytes(formula.total), f"{off:+.1%}", megabytes(found.peak)])
+    headers = ["MB", "weights", "gradients", "optimizer", "sum", "formula", "off by", "peak of a process"]
+    return markdown_table(headers, rows)
+
+
+def recomputation_table(case: Case, data: Data, layouts: tuple[str, ...]) -> str:
+    rows = []
+    for layout in layouts:
+        peaks = []
+        for mode in ("none", "selective", "full"):
+            found = measure(replace(case, layout=layout, parallel={"activation_checkpointing": mode}), data)
+            peaks.append(megabytes(found.peak))
+        rows.append([layout, *peaks])
+    return markdown_table(["peak of a process, MB", "none", "selective", "full"], rows)
+
+
+def report(machine: str, quick: bool) -> str:
+    """Measure everything and return the tables."""
+    data = Data.prepare()
+    layouts, recomputed = (LAYOUTS[:2], RECOMPUTED[:1]) if quick else (LAYOUTS, RECOMPUTED)
+    return "\n\n".join(
+        [
+            f"{machine}. Translator of width {STATE.width}, {STATE.num_layers} + {STATE.num_layers} layers, "
+            f"AdamW, float32, {STATE.rows} rows per step.",
+            state_table(STATE, data, layouts),
+            f"`activation_checkpointing`, width {ACTIVATIONS.width}, {ACTIVATIONS.rows} rows per step:",
+            recomputation_table(ACTIVATIONS, data, recomputed),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few layouts: a smoke run")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section `memory` of this document")
+    options = parser.parse_args()
+    text = report(describe_machine(), options.quick)
+    print(text)
+    if options.write is not None:
+        write_section(options.write, "memory", text)
+
+
+if __name__ == "__main__":
+    main()
