@@ -12,6 +12,8 @@ SPAN_S = 10.0
 STEP_S = 0.25
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
+# Longer than a chunk of a large request takes, shorter than a replica takes to start.
+HELD_BACK_LIFE_S = 10.0
 
 
 class DrainRate:
@@ -58,6 +60,31 @@ class DrainRate:
     def _forget(self, now: float) -> None:
         while self._finished and now - self._finished[0][0] > self._span_s:
             self._num_tokens -= self._finished.popleft()[1]
+
+
+class HeldBack:
+    """Tokens of large requests that their sender holds back until there is room; forgotten when it falls silent.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: dict[str, tuple[int, float]] = {}
+
+    def tell(self, request_id: str, num_tokens: int) -> None:
+        """Note what a request still holds back."""
+        self._told[request_id] = (num_tokens, self._clock())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are held back now."""
+        now = self._clock()
+        self._told = {
+            name: (count, at) for name, (count, at) in self._told.items() if count and now - at <= HELD_BACK_LIFE_S
+        }
+        return sum(count for count, _ in self._told.values())
 
 
 def overloaded(message: str, retry_after_s: float) -> WireError:

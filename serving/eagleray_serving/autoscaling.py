@@ -7,10 +7,12 @@ from typing import Any
 from eagleray.config.schema import ServeConfig
 from eagleray.rank_actors import bundles
 
-# Serve's own is 30 s: a burst would be over before it is seen.
-LOOK_BACK_S = 3.0
+# Serve's own is 30 s: a burst would be over before it is seen. With the upscale delay of 2 s, what is too much is
+# seen, reported and decided on within 5 s.
+LOOK_BACK_S = 2.0
 # How often replicas and handles say what they are doing; 10 s by default.
-METRICS_INTERVAL_S = 1.0
+METRICS_INTERVAL_S = 0.5
+POLICY = "eagleray_serving.scaling:TokenPolicy"
 # Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
 MAX_CONSTRUCTOR_FAILURES = 2
 # How often Serve asks a replica of several ranks whether it lives; 10 s by default.
@@ -39,7 +41,10 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         "min_replicas": scaling.min_replicas,
         "max_replicas": scaling.max_replicas,
         "initial_replicas": scaling.initial_replicas,
-        "target_ongoing_requests": scaling.target_ongoing_requests,
+        "policy": {
+            "policy_function": POLICY,
+            "policy_kwargs": {"target_queued_tokens": scaling.target_queued_tokens},
+        },
         "upscale_delay_s": scaling.upscale_delay_s,
         "downscale_delay_s": scaling.downscale_delay_s,
         "look_back_period_s": LOOK_BACK_S,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,13 +13,19 @@ from typing import Any
 from eagleray.config.schema import ServeConfig
 from eagleray.engine import Batcher, Engine, ItemError, Lane, ModelThread, Prepared
 from eagleray.errors import ModelStoppedError
+from eagleray_serving.admission import DrainRate, overloaded
 from eagleray_serving.answering import Answered, Answers, Asking, ItemFailure
+from eagleray_serving.chunks import estimate_tokens
 from eagleray_serving.schema import WireError
 
 logger = logging.getLogger(__name__)
 
 LANES = {"interactive": Lane.INTERACTIVE, "bulk": Lane.BULK}
 MAX_REASON_CHARACTERS = 200
+# A way into another thread and back costs more than encoding a word: a small item is encoded where it arrives, as
+# long as items have been quicker than this, in seconds.
+QUICK_S = 0.0003
+QUICK_TOKENS = 64
 
 
 class BatchedEngine:
@@ -28,6 +35,7 @@ class BatchedEngine:
         engine: The loaded model.
         serve: The file's `serve` section.
         on_step: Told the items and the tokens that are in work, whenever the model is put to it.
+        clock: Seconds, for how long encoding takes.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class BatchedEngine:
         engine: Engine,
         serve: ServeConfig,
         on_step: Callable[[int, int], None] = lambda num_items, num_tokens: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
         self._max_queued_tokens = serve.max_queued_tokens
@@ -44,6 +53,10 @@ class BatchedEngine:
         self._running = ModelThread()
         self._batcher = Batcher[Prepared, Any](self._running.start(engine), engine.limits, on_step=on_step)
         self._num_preparing = 0
+        self._clock = clock
+        self._encoding = threading.Lock()
+        self._prepare_s = 1.0  # seconds per item, lately; not known to be quick at first
+        self._rate = DrainRate()
 
     @property
     def version(self) -> str:
@@ -54,6 +67,11 @@ class BatchedEngine:
     def num_queued_tokens(self) -> int:
         """Tokens that wait and are not yet in work."""
         return self._batcher.num_queued_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait or are in work; an item that is not yet encoded counts as one."""
+        return self._batcher.num_queued_tokens + self._batcher.num_running_tokens + self._num_preparing
 
     async def close(self) -> None:
         """Answer what runs, refuse what waits, end the threads and free the weights."""
@@ -76,7 +94,10 @@ class BatchedEngine:
         prepared, num_tokens = await self._admitted(items)
         options = {**self._defaults, **options}
         lane = LANES[asking.lane]
-        answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
+        if len(prepared) == 1:
+            answers = [await self._run(prepared[0], options, lane)]
+        else:
+            answers = await asyncio.gather(*(self._run(item, options, lane) for item in prepared))
         return Answers(self._engine.summary.version, answers, num_tokens)
 
     async def stream(
@@ -108,34 +129,51 @@ class BatchedEngine:
     async def _admitted(self, items: Sequence[Mapping[str, Any]]) -> tuple[list[Prepared | ItemError], int]:
         """Prepare items that there is room for; return them and their tokens."""
         # Every item has a token at least; how many more is known once it is prepared.
-        self._admit(len(items) + self._num_preparing)
+        self._admit(len(items))
         prepared = await self._prepare(items)
         num_tokens = sum(item.num_tokens for item in prepared if isinstance(item, Prepared))
         self._admit(num_tokens)
         return prepared, num_tokens
 
     def _admit(self, num_tokens: int) -> None:
-        waiting = self._batcher.num_queued_tokens
+        waiting = self._batcher.num_queued_tokens + self._num_preparing
         # A request that is larger than the budget alone is admitted when nothing waits: else it never would be.
         if waiting and waiting + num_tokens > self._max_queued_tokens:
-            raise WireError(
-                429,
-                "overloaded",
+            raise overloaded(
                 f"{waiting} tokens are waiting; the limit is {self._max_queued_tokens}",
-                "try again later, or raise serve.autoscaling_config.max_replicas",
-                retry_after_s=1,
+                self._rate.seconds_for(waiting + num_tokens - self._max_queued_tokens),
             )
 
     async def _prepare(self, items: Sequence[Mapping[str, Any]]) -> list[Prepared | ItemError]:
+        if self._is_quick(items):
+            return self._prepare_now(items)
         self._num_preparing += len(items)
         given_up = threading.Event()
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._preparing, lambda: [_prepare(self._engine, item) for item in items if not given_up.is_set()]
+                self._preparing, self._prepare_now, items, given_up
             )
         finally:
             given_up.set()  # where nobody waits any more, the rest is not for the thread to do
             self._num_preparing -= len(items)
+
+    def _is_quick(self, items: Sequence[Mapping[str, Any]]) -> bool:
+        # Nothing else may be preparing, also for somebody who gave up: a tokenizer does not run beside itself.
+        if self._num_preparing or self._encoding.locked() or len(items) > 1 or self._prepare_s > QUICK_S:
+            return False
+        return estimate_tokens(items[0]) <= QUICK_TOKENS
+
+    def _prepare_now(
+        self, items: Sequence[Mapping[str, Any]], given_up: threading.Event | None = None
+    ) -> list[Prepared | ItemError]:
+        with self._encoding:
+            begin = self._clock()
+            prepared = [
+                _prepare(self._engine, item) for item in items if given_up is None or not given_up.is_set()
+            ]
+            taken_s = (self._clock() - begin) / max(1, len(prepared))
+            self._prepare_s = max(taken_s, (self._prepare_s + taken_s) / 2)  # one slow item is believed at once
+        return prepared
 
     async def _run(
         self,
@@ -152,6 +190,7 @@ class BatchedEngine:
                 )
             except ModelStoppedError as error:
                 raise WireError(503, "unavailable", error.message, error.hint, retry_after_s=1) from None
+            self._rate.add(item.num_tokens)
         if isinstance(answer, ItemError):
             return ItemFailure(answer.code, answer.message, answer.hint)
         return answer  # type: ignore[no-any-return]

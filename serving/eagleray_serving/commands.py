@@ -129,22 +129,31 @@ def status(json: JsonOption = False, verbose: VerboseOption = False) -> None:
     with reporting(json=json, verbose=verbose) as out:
         from eagleray_serving.commanding import rollouts
         from eagleray_serving.home import Home
+        from eagleray_serving.live import running
         from eagleray_serving.views import summary
 
         home = Home.default()
         records = home.records()
+        live = {each.id: running(each) for each in records}
         rows = [
-            (each.id, each.state, each.url, each.pid or each.address, " ".join(each.models)) for each in records
+            (
+                each.id,
+                each.state,
+                each.url,
+                each.pid or each.address,
+                " ".join(live[each.id].describe(each.models)),
+            )
+            for each in records
         ]
-        text = table(("id", "state", "url", "process", "models"), rows) if rows else "no server runs"
+        text = table(("id", "state", "url", "process", "models (replicas)"), rows) if rows else "no server runs"
         found = {each.id: rollouts(home, each) for each in records}
         lines = [
             f"{id}  {name}: {summary(shown)}" for id, models in found.items() for name, shown in models.items()
         ]
-        out.result(
-            {"servers": [{**each.as_json(), "rollouts": found[each.id]} for each in records]},
-            "\n".join([text, *lines]),
-        )
+        servers = [
+            {**each.as_json(), "rollouts": found[each.id], "replicas": live[each.id].replicas} for each in records
+        ]
+        out.result({"servers": servers}, "\n".join([text, *lines]))
 
 
 def stop(

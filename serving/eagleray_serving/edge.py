@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -12,12 +13,16 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from eagleray_serving import haproxy_launcher
+from eagleray_serving.admission import overloaded
 from eagleray_serving.answering import Asking
+from eagleray_serving.bulk_service import BulkService
 from eagleray_serving.catalog import ModelCard, choose, find
 from eagleray_serving.documents import PAGES, demand_key, docs_page, operation
 from eagleray_serving.gate import Gate
 from eagleray_serving.guarded import GuardedFleet
 from eagleray_serving.keys import METRICS
+from eagleray_serving.lines import wants_lines
 from eagleray_serving.metrics import CONTENT_TYPE, Reports
 from eagleray_serving.reception import framing
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
@@ -27,6 +32,11 @@ from eagleray_serving.web import read_body, request_id
 READY = "ready"
 # Pages that are no JSON.
 MEDIA = {"/docs": HTMLResponse, "/metrics": PlainTextResponse}
+# The front sends bodies above this here, whichever model they are for: it could not send them a second time when a
+# replica dies, and so this application does.
+LARGE_BODY_BYTES = haproxy_launcher.LARGE_BODY_BYTES
+# Large bodies that are held at once; one more is refused before it is read.
+MAX_LARGE_BODIES = 16
 
 
 class Fleet(Protocol):
@@ -34,6 +44,9 @@ class Fleet(Protocol):
 
     async def states(self) -> Mapping[str, str]:
         """Return the state of each model by its name; `ready` is the good one."""
+
+    async def replicas(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return how many replicas of each model run, and what autoscaling last saw and wanted."""
 
     async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
         """Let a model answer a body.
@@ -53,6 +66,7 @@ class Edge:
         body_timeout_s: Seconds in which a body must arrive.
         gate: What stands before the routes; asks nobody for a key by default.
         versions: What is known of the versions of each model; None: they never change.
+        bulk: Large requests of each model; those of a model without are handed on like small ones.
     """
 
     def __init__(
@@ -64,6 +78,7 @@ class Edge:
         body_timeout_s: float,
         gate: Gate | None = None,
         versions: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+        bulk: Mapping[str, BulkService] | None = None,
     ) -> None:
         self._cards = tuple(cards)
         self._gate = gate or Gate()
@@ -72,6 +87,8 @@ class Edge:
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._versions = versions
+        self._bulk = bulk or {}
+        self._num_large_bodies = 0
 
     def application(self) -> FastAPI:
         """Return the ASGI application."""
@@ -126,14 +143,14 @@ class Edge:
         return JSONResponse({"status": READY, "models": models})
 
     async def _models(self, request: Request) -> Response:
-        states = await self._fleet.states()
+        states, replicas = await self._fleet.states(), await self._fleet.replicas()
         rollouts = await asyncio.to_thread(self._versions) if self._versions is not None else {}
         models = []
         for card in self._cards:
             rollout = rollouts.get(card.name)
             shown = card if rollout is None else replace(card, version=rollout["current"])
-            state = states.get(card.name, "missing")
-            models.append({**shown.as_json(), "state": state} | ({} if rollout is None else {"rollout": rollout}))
+            state = {"state": states.get(card.name, "missing"), "replicas": replicas.get(card.name)}
+            models.append({**shown.as_json(), **state} | ({} if rollout is None else {"rollout": rollout}))
         return JSONResponse({"models": models})
 
     async def _metrics(self, request: Request) -> Response:
@@ -144,11 +161,34 @@ class Edge:
         policy = "default-src 'none'; style-src 'unsafe-inline'"
         return HTMLResponse(self._docs, headers={"content-security-policy": policy})
 
+    async def spread(self, name: str, body: bytes, asking: Asking, *, lines: bool) -> Response:
+        """Answer a large request by all replicas of its model."""
+        return await self._bulk[name].respond(body, asking, lines=lines)
+
     async def _hand_on(self, request: Request) -> Response:
         verb, *name = request.scope["path"].removeprefix("/v1/").split("/", 1)
-        body = await read_body(request, self._max_body_bytes, self._body_timeout_s)
-        if name:
-            card = find([card for card in self._cards if card.verb == verb], name[0])
-        else:
-            card = choose(self._cards, verb, parse_json(body))
-        return await self._fleet.hand_on(card.name, body, Asking(request_id(request)))
+        with self._held_body(request):
+            body = await read_body(request, self._max_body_bytes, self._body_timeout_s)
+            parsed = parse_json(body)
+            if name:
+                card = find([card for card in self._cards if card.verb == verb], name[0])
+            else:
+                card = choose(self._cards, verb, parsed)
+            asking, lines = Asking(request_id(request)), wants_lines(request.headers)
+            bulk = self._bulk.get(card.name)
+            if bulk is not None and (lines or len(body) > LARGE_BODY_BYTES or bulk.is_large(parsed)):
+                return await self.spread(card.name, body, asking, lines=lines)
+            return await self._fleet.hand_on(card.name, body, asking)
+
+    @contextmanager
+    def _held_body(self, request: Request) -> Iterator[None]:
+        """Bound the memory of bodies: a large one needs a place before it is read."""
+        length = request.headers.get("content-length", "")
+        is_large = not length.isdecimal() or int(length) > LARGE_BODY_BYTES
+        if is_large and self._num_large_bodies >= MAX_LARGE_BODIES:
+            raise overloaded(f"{MAX_LARGE_BODIES} large requests are held already", 5)
+        self._num_large_bodies += is_large
+        try:
+            yield
+        finally:
+            self._num_large_bodies -= is_large

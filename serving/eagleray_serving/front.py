@@ -147,16 +147,22 @@ class RequestLimits:
     Attributes:
         timeout_s: The longest time that any model takes for a request.
         max_header_bytes: Largest request line and headers.
+        bulk_timeout_s: The longest time that any model takes for a request that all replicas answer together.
     """
 
     timeout_s: float
     max_header_bytes: int
+    bulk_timeout_s: float
 
     @classmethod
     def of(cls, serves: Iterable[ServeConfig]) -> RequestLimits:
         """Return the limits of a server from its models' `serve` sections."""
         every = list(serves)
-        return cls(max(serve.request_timeout_s for serve in every), max(serve.max_header_bytes for serve in every))
+        return cls(
+            max(serve.request_timeout_s for serve in every),
+            max(serve.max_header_bytes for serve in every),
+            max(serve.bulk.timeout_s for serve in every),
+        )
 
 
 def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, str]:
@@ -182,7 +188,8 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
     sockets.mkdir(mode=0o700, exist_ok=True)
     timeout_s = round(limits.timeout_s) + SERVER_GRACE_S
     pem = None if front.certificate is None else _write_pem(front.certificate, sockets / "tls.pem")
-    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes, pem)
+    bulk_timeout_s = round(limits.bulk_timeout_s) + SERVER_GRACE_S
+    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes, bulk_timeout_s, pem)
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(install_launcher(settings)),
@@ -198,6 +205,8 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.first_replica + NUM_REPLICA_PORTS),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(timeout_s),
+        # A change of replicas replaces HAProxy; the one before ends what it has begun, up to this time.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(120, bulk_timeout_s)),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),

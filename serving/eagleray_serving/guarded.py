@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
@@ -35,6 +35,10 @@ class GuardedFleet:
     async def states(self) -> Mapping[str, str]:
         """Return the state of each model."""
         return await self._fleet.states()
+
+    async def replicas(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return how many replicas of each model run, and what autoscaling last saw and wanted."""
+        return await self._fleet.replicas()
 
     async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
         """Let a model answer a body.

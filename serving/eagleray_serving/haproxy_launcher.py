@@ -24,6 +24,15 @@ REFUSED_STATUSES = (404, 405, 414, 431)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # Lines; HAProxy's own limit of 101 would be a 400 in its own words, where ours of bytes is a 431.
 MAX_HEADERS = 32_767
+# A body that may not fit the front's buffer (262,144 bytes, headers included): it could not be sent again.
+LARGE_BODY_BYTES = 200_000
+# Bodies like that, and answers in lines, are the edge application's: it outlives the replicas that it asks.
+EDGE_RULES = (
+    "acl is_large req.hdr_val(content-length) gt {large}",
+    "acl wants_lines req.hdr(accept) -i -m sub application/x-ndjson",
+    "use_backend {edge} if METH_POST is_large",
+    "use_backend {edge} if METH_POST wants_lines",
+)
 
 
 class UnknownConfigError(Exception):
@@ -38,6 +47,7 @@ class Settings(NamedTuple):
         errors_dir: Folder of the answers `<status>.http` and of the bodies `<status>.json`.
         request_timeout_s: Seconds in which a request must arrive.
         max_header_bytes: Largest request line and headers.
+        bulk_timeout_s: Seconds that the application at `/` may be silent.
         pem: Certificate and private key in one file, where the front speaks TLS.
     """
 
@@ -45,6 +55,7 @@ class Settings(NamedTuple):
     errors_dir: str
     request_timeout_s: int
     max_header_bytes: int
+    bulk_timeout_s: int
     pem: str | None = None
 
 
@@ -86,6 +97,7 @@ def rewrite(config: str, settings: Settings) -> str:
 
     - Statistics and metrics listen on loopback only.
     - A request is sent on once it is here as a whole, so that it can be sent again when a replica dies.
+    - A request that is too large for that goes to the application at `/`, which takes its time.
     - Every answer names its request; what is too large or too late, and every error that HAProxy has a file for,
       has our error shape.
 
@@ -113,7 +125,19 @@ def rewrite(config: str, settings: Settings) -> str:
         lines[number] += f" ssl crt {settings.pem} ssl-min-ver TLSv1.2 alpn http/1.1"
     _insert(lines, "bind ", frontend_rules(settings), after="frontend http_frontend")
     _insert(lines, "maxconn ", [f"tune.http.maxhdr {MAX_HEADERS}"], after="global")
+    _send_large_requests(lines, settings.bulk_timeout_s)
     return "\n".join(lines) + "\n"
+
+
+def _send_large_requests(lines: list[str], bulk_timeout_s: int) -> None:
+    words = [line.split() for line in lines]
+    edges = [each[1].removeprefix("is_") for each in words if each[:1] == ["acl"] and each[2:] == ["path", "/"]]
+    if not edges:
+        return  # it is not there yet; Serve writes the file again when it is
+    _insert(lines, f"backend {edges[0]}", [f"timeout server {bulk_timeout_s}s"])
+    first = _find(lines, "use_backend ", None)
+    rules = [rule.format(edge=edges[0], large=LARGE_BODY_BYTES) for rule in EDGE_RULES]
+    lines[first:first] = ["    " + rule for rule in rules]
 
 
 def _find(lines: list[str], start: str, after: str | None) -> int:

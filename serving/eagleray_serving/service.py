@@ -6,7 +6,8 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,7 +19,9 @@ from eagleray.config.schema import ServeConfig
 from eagleray_serving import events
 from eagleray_serving.answering import Answered, Answerer, Answers, Asking, ItemFailure
 from eagleray_serving.catalog import ModelCard, find
+from eagleray_serving.chunks import is_large
 from eagleray_serving.gate import Gate, signed
+from eagleray_serving.lines import wants_lines
 from eagleray_serving.reception import framing
 from eagleray_serving.schema import (
     ANSWER_KEYS,
@@ -46,6 +49,19 @@ class ModelResponse(JSONResponse):
     usage: Usage
 
 
+# Gives a body to the application that spreads it over all replicas; the flag asks for an answer in lines.
+HandOver = Callable[[bytes, Asking, bool], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that may be answered: checked, its items as the model takes them."""
+
+    request: Request
+    items: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+
+
 class ModelService:
     """One model's routes.
 
@@ -55,6 +71,7 @@ class ModelService:
         answerer: The loaded model.
         limits: The file's `serve` section.
         gate: What stands before the routes; asks nobody for a key by default.
+        hand_over: Where large requests go; None: they are answered here, behind the small ones.
     """
 
     def __init__(
@@ -64,12 +81,14 @@ class ModelService:
         answerer: Answerer,
         limits: ServeConfig,
         gate: Gate | None = None,
+        hand_over: HandOver | None = None,
     ) -> None:
         self.card = card
         self.gate = gate or Gate(max_header_bytes=limits.max_header_bytes)
         self._columns = tuple(columns)
         self._answerer = answerer
         self._limits = limits
+        self._hand_over = hand_over
 
     def application(self) -> Starlette:
         """Return the ASGI application: the bare and the named route."""
@@ -79,9 +98,22 @@ class ModelService:
         )
 
     async def respond(self, body: bytes, asking: Asking) -> Response:
-        """Answer a whole body; every failure becomes an answer."""
+        """Answer a whole body here; every failure becomes an answer."""
+        return await self._respond(body, asking, None)
+
+    def read(self, body: bytes) -> Asked:
+        """Check a body.
+
+        Raises:
+            WireError: It is no request to this model.
+        """
+        request = parse_request(self.card.verb, body, self._limits)
+        self._check_target(request)
+        return Asked(request, self._items(request), _options(request))
+
+    async def _respond(self, body: bytes, asking: Asking, hand_over: HandOver | None) -> Response:
         try:
-            return await self._handle(body, asking)
+            return await self._handle(body, asking, hand_over)
         except Exception as error:
             return failure(error, f"a request to {self.card.ref}")
 
@@ -93,16 +125,22 @@ class ModelService:
         asking = signed(Asking(request_id(http)))
         if self.card.verb == "translate" and events.are_wanted(http.headers):
             return await self._stream(body, asking)
-        return await self.respond(body, asking)
+        if self._hand_over is not None and wants_lines(http.headers):
+            return await self._hand_over(body, asking, True)
+        return await self._respond(body, asking, self._hand_over)
 
-    async def _handle(self, body: bytes, asking: Asking) -> Response:
+    async def _handle(self, body: bytes, asking: Asking, hand_over: HandOver | None) -> Response:
         # Images are looked at off the event loop: a thousand headers hold everybody up.
         is_slow = self.card.inputs == "images"
-        request, items = await asyncio.to_thread(self._read, body) if is_slow else self._read(body)
+        asked = await asyncio.to_thread(self.read, body) if is_slow else self.read(body)
+        if is_large(asked.items, self._limits.bulk):
+            if hand_over is not None:
+                return await hand_over(body, asking, False)
+            asking = replace(asking, lane="bulk")
         began = time.monotonic()
-        answers = await self._answer(items, _options(request), asking)
+        answers = await self._answer(asked.items, asked.options, asking)
         usage = self._account(answers, asking, time.monotonic() - began)
-        if is_single(request) and isinstance(failed := answers.items[0], ItemFailure):
+        if is_single(asked.request) and isinstance(failed := answers.items[0], ItemFailure):
             raise failed.as_error()
         response = self._shape(answers)
         response.usage = usage
@@ -114,25 +152,19 @@ class ModelService:
         Raises:
             WireError: The request is none, or there is no first event.
         """
-        request, items = self._read(body)
-        if not is_single(request):
+        asked = self.read(body)
+        if not is_single(asked.request):
             raise WireError(
                 422, "invalid_request", "a list of texts is not sent as events", "send one text, or accept JSON"
             )
         began = time.monotonic()
         return await events.event_stream(
-            self._answerer.stream(items[0], _options(request), asking),
+            self._answerer.stream(asked.items[0], asked.options, asking),
             self._limits.request_timeout_s,
             shape=self._body,
             finish=lambda answers: self._account(answers, asking, time.monotonic() - began),
             what=f"a stream of {self.card.ref}",
         )
-
-    def _read(self, body: bytes) -> tuple[Request, list[Mapping[str, Any]]]:
-        """Return the request that a body is, and its items as rows of the task."""
-        request = parse_request(self.card.verb, body, self._limits)
-        self._check_target(request)
-        return request, self._items(request)
 
     def _account(self, answers: Answers, asking: Asking, seconds: float) -> Usage:
         usage = Usage(self.card.name, answers.version, len(answers.items), answers.num_tokens, asking.lane)

@@ -38,6 +38,10 @@ class Loaded(Protocol):
     def num_queued_tokens(self) -> int:
         """Tokens that wait and are not yet in work."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait or are in work."""
+
     async def answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
     ) -> Answers:
@@ -88,6 +92,11 @@ class Versions:
     def num_queued_tokens(self) -> int:
         """Tokens that wait, whichever version they wait for."""
         return sum(held.loaded.num_queued_tokens for held in self._held.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait or are in work, over all versions."""
+        return sum(held.loaded.num_tokens for held in self._held.values())
 
     @property
     def split(self) -> Split | None:

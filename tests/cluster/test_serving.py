@@ -111,6 +111,7 @@ def test_health_readiness_models_and_documents(client: httpx.Client) -> None:
     assert "<h1>" in client.get("/docs").text
 
 
+LINES = {"accept": "application/x-ndjson"}
 JSON = {"content-type": "application/json"}
 REFUSED: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "malformed": ("POST", "/v1/predict", {"content": b"{", "headers": JSON}, 400),
@@ -169,6 +170,21 @@ def test_requests_in_parallel_share_runs_of_the_model(server: Running) -> None:
     # An item that shared its run with n-1 others stands for 1/n of a run.
     num_runs = sum(1 / answer["batch"] for answer in answers)
     assert num_runs < num_requests / 2
+
+
+def test_a_large_request_is_answered_by_all_replicas_together_and_in_order(client: httpx.Client) -> None:
+    numbers = list(range(600))
+    whole = client.post("/v1/predict", json={"inputs": numbers}).json()["predictions"]
+    assert [each["value"] for each in whole] == numbers
+    assert len({each["pid"] for each in whole}) == 2
+    padded = [
+        {"value": number, "padding": "x" * 120} for number in numbers
+    ]  # too large to be sent twice by a front
+    for inputs in (numbers, padded):
+        with client.stream("POST", "/v1/predict/own", json={"inputs": inputs}, headers=LINES) as response:
+            *lines, last = (json.loads(line) for line in response.iter_lines())
+        assert [(each["index"], each["prediction"]["value"]) for each in lines] == [(n, n) for n in numbers]
+        assert last == {"model": "own", "version": "r1-step-00000010", "count": 600}
 
 
 def test_nothing_listens_beyond_loopback(server: Running) -> None:

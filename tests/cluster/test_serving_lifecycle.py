@@ -179,7 +179,7 @@ def test_the_front_of_this_ray_is_the_one_that_the_launcher_knows(tmp_path: Path
         metrics_enabled=config.metrics_enabled,
         metrics_socket_path=config.metrics_socket_path,
     )
-    settings = Settings(str(binary), str(tmp_path), 60, 16_384)
+    settings = Settings(str(binary), str(tmp_path), 60, 16_384, 900)
     install_launcher(settings)
     path = tmp_path / "haproxy.cfg"
     path.write_text(rewrite(written, settings) + "\n")

@@ -11,17 +11,8 @@ import pytest
 from virtual_time import run_virtual
 
 from eagleray_serving.answering import Answers, ItemFailure
-from eagleray_serving.bulk import (
-    Bulk,
-    BulkLimits,
-    Chunk,
-    Item,
-    Part,
-    ReplicaDiedError,
-    Window,
-    cut,
-    estimate_tokens,
-)
+from eagleray_serving.bulk import Bulk, Item, Part, ReplicaDiedError, Window
+from eagleray_serving.chunks import BulkLimits, Chunk, cut, estimate_tokens
 from eagleray_serving.schema import WireError
 
 LIMITS = BulkLimits(chunk_tokens=40, chunk_items=8, call_timeout_s=30, patience_s=100)

@@ -15,7 +15,9 @@ class AutoscalingConfig(Section):
     min_replicas: NonNegativeInt = Field(1, description="Fewest replicas; 0 lets an idle model go away.")
     max_replicas: PositiveInt = Field(4, description="Most replicas.")
     initial_replicas: NonNegativeInt | None = Field(None, description="Replicas at the start.")
-    target_ongoing_requests: PositiveFloat = Field(8.0, description="Requests in work per replica to aim at.")
+    target_queued_tokens: PositiveInt = Field(
+        8192, description="Tokens, waiting and in work, per replica to aim at; about what one batch holds."
+    )
     upscale_delay_s: NonNegativeFloat = Field(2.0, description="Seconds of overload before a replica is added.")
     downscale_delay_s: NonNegativeFloat = Field(60.0, description="Seconds of idleness before one is removed.")
 
@@ -51,6 +53,20 @@ class RolloutConfig(Section):
     )
 
 
+class BulkConfig(Section):
+    """Requests that are large: cut into chunks, which all replicas answer together."""
+
+    min_items: PositiveInt = Field(256, description="A request with more items is a bulk request.")
+    min_tokens: PositiveInt = Field(
+        16_384, description="A request with more estimated tokens (4 bytes each) is a bulk request."
+    )
+    chunk_items: PositiveInt = Field(128, description="Most items of one chunk.")
+    chunk_tokens: PositiveInt = Field(4096, description="Most estimated tokens of one chunk.")
+    chunks_per_replica: PositiveInt = Field(2, description="Chunks that each running replica is given at once.")
+    max_requests: PositiveInt = Field(8, description="Bulk requests at once; beyond it the answer is 429.")
+    timeout_s: PositiveFloat = Field(900.0, description="Seconds after which a bulk request is given up.")
+
+
 class ServeConfig(Section):
     """How the model is served."""
 
@@ -70,9 +86,9 @@ class ServeConfig(Section):
     max_queued_tokens: PositiveInt = Field(
         65536, description="Tokens waiting in one replica; beyond it the answer is 429 with Retry-After."
     )
-    max_items: PositiveInt = Field(1000, description="Items in one request.")
+    max_items: PositiveInt = Field(10_000, description="Items in one request.")
     max_item_characters: PositiveInt = Field(20_000, description="Characters of one item.")
-    max_body_bytes: PositiveInt = Field(8 * 1024 * 1024, description="Bytes of one request's body.")
+    max_body_bytes: PositiveInt = Field(16 * 1024 * 1024, description="Bytes of one request's body.")
     max_header_bytes: Annotated[int, Field(ge=1024, le=131_072)] = Field(
         16_384,
         description="Bytes of one request's line and headers; beyond it the answer is 431, or 414 for its URL.",
@@ -117,6 +133,7 @@ class ServeConfig(Section):
     rank_timeout_s: PositiveFloat = Field(
         8.0, description="Seconds after which a worker of a replica that does not answer counts as lost."
     )
+    bulk: BulkConfig = Field(default_factory=BulkConfig, description="Large requests, spread over all replicas.")
 
     @model_validator(mode="after")
     def _one_reference(self) -> Self:

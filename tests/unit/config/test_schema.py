@@ -25,7 +25,7 @@ ALL_SECTIONS = list(dict.fromkeys([*sections(RunConfig), *FAMILIES.values()]))
 
 
 def test_the_sections_are_found() -> None:
-    assert len(ALL_SECTIONS) == 18
+    assert len(ALL_SECTIONS) == 19
 
 
 @pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)

@@ -79,7 +79,7 @@ def real_front(app: ASGIApp, folder: Path, **settings: object) -> Iterator[RealF
     metrics, port, inner, stats = free_ports(4)
     config = folder / "haproxy.cfg"
     config.write_text(WRITTEN.format(metrics=metrics, port=port, application=inner, stats=stats))
-    chosen = {"request_timeout_s": 2, "max_header_bytes": 4096, **settings}
+    chosen = {"request_timeout_s": 2, "max_header_bytes": 4096, "bulk_timeout_s": 4, **settings}
     launcher = install_launcher(Settings(str(binary), str(folder), **chosen))  # type: ignore[arg-type]
     with application(app, inner), (folder / "haproxy.log").open("w") as log:
         front = subprocess.Popen([launcher, "-db", "-f", config], stdout=log, stderr=log)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from eagleray.config.schema import ServeConfig
 from eagleray_serving.answering import Answered, Answers, Asking, ItemFailure
+from eagleray_serving.bulk_service import BulkService
 from eagleray_serving.catalog import ModelCard
 from eagleray_serving.edge import READY
 from eagleray_serving.schema import WireError
@@ -71,6 +72,9 @@ class FakeFleet:
     async def states(self) -> Mapping[str, str]:
         return dict.fromkeys(self._services, READY) if self._states is None else self._states
 
+    async def replicas(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: {"running": 1, "starting": 0} for name in self._services}
+
     async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
         # As in another process: nothing of the caller's context is there.
         there = asyncio.get_running_loop().create_task(
@@ -78,6 +82,22 @@ class FakeFleet:
         )
         answer: Response = pickle.loads(pickle.dumps(await there))
         return answer
+
+
+def bulk_service(
+    card: ModelCard, answerer: Any = None, columns: Sequence[str] = ("text",), **limits: Any
+) -> BulkService:
+    """Large requests whose chunks a fake answers, as from another process."""
+    answers = answerer or FakeAnswerer(version=card.version)
+
+    async def ask(items: Any, options: Any, asking: Asking, waiting_tokens: int) -> Answers:
+        found: Answers = await answers.answer(*pickle.loads(pickle.dumps((items, options, asking))))
+        return found
+
+    async def count_replicas() -> int:
+        return 2
+
+    return BulkService(card, columns, ServeConfig.model_validate(limits), ask, count_replicas)
 
 
 def service(

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from serving_fakes import DIGITS, EN_DE, EN_FR, LANGID, OWN, FakeFleet, call, is_error, service
+from serving_fakes import (
+    DIGITS,
+    EN_DE,
+    EN_FR,
+    LANGID,
+    OWN,
+    FakeFleet,
+    bulk_service,
+    call,
+    is_error,
+    service,
+)
 
 from eagleray_serving.catalog import ModelCard, choose, route_prefixes
 from eagleray_serving.edge import Edge
@@ -24,7 +35,8 @@ ALL = (EN_FR, EN_DE, LANGID, DIGITS, OWN)
 
 def edge(*cards: ModelCard, states: dict[str, str] | None = None) -> FastAPI:
     fleet = FakeFleet({card.name: service(card) for card in cards}, states)
-    return Edge(cards, fleet, max_body_bytes=1000, body_timeout_s=1).application()
+    bulk = {card.name: bulk_service(card) for card in cards}
+    return Edge(cards, fleet, max_body_bytes=1000, body_timeout_s=1, bulk=bulk).application()
 
 
 def test_the_only_model_of_a_verb_stands_at_the_bare_route() -> None:
@@ -80,6 +92,7 @@ def test_health_readiness_and_the_list_of_models() -> None:
     first = call(app, "GET", "/v1/models").json()["models"][0]
     assert first["ref"] == "en-fr@r1-step-00001200"
     assert (first["path"], first["source"], first["state"]) == ("/v1/translate/en-fr", "en", "ready")
+    assert first["replicas"] == {"running": 1, "starting": 0}
 
 
 def test_a_server_with_a_model_that_is_not_ready_is_503_and_names_it() -> None:

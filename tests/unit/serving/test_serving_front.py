@@ -19,6 +19,7 @@ from eagleray.errors import ConfigError, ServingError, UsageError
 from eagleray_serving.autoscaling import deployment_options, initial_replicas
 from eagleray_serving.detached import choose
 from eagleray_serving.front import (
+    BUFFER_BYTES,
     MAX_FOLDER_CHARACTERS,
     Front,
     Ports,
@@ -31,6 +32,7 @@ from eagleray_serving.front import (
 )
 from eagleray_serving.haproxy_launcher import (
     ERROR_STATUSES,
+    LARGE_BODY_BYTES,
     REFUSED_STATUSES,
     Settings,
     UnknownConfigError,
@@ -55,8 +57,19 @@ frontend http_frontend
 listen stats
   bind *:8404
 """
-SETTINGS = Settings("/bin/true", "/errors", 70, 16_384)
-LIMITS = RequestLimits(60, 16_384)
+ROUTED = WRITTEN.replace(
+    "    default_backend x",
+    """    acl is_http-model-own path /v1/predict
+    acl is_http-edge path_beg /
+    acl is_http-edge path /
+    use_backend http-model-own if is_http-model-own
+    use_backend http-edge if is_http-edge
+    default_backend x
+backend http-model-own
+backend http-edge""",
+)
+SETTINGS = Settings("/bin/true", "/errors", 70, 16_384, 900)
+LIMITS = RequestLimits(60, 16_384, 900)
 
 
 def test_the_written_file_is_edited_in_every_place() -> None:
@@ -71,6 +84,19 @@ def test_the_written_file_is_edited_in_every_place() -> None:
     assert "errorfile 503 /errors/503.http" in lines and not any("/tmp/500.http" in line for line in lines)
     rules = [line for line in lines if line.startswith("http-request del-header")]
     assert rules and lines.index(rules[0]) == lines.index("bind 127.0.0.1:8000") + 1
+
+
+def test_what_the_front_could_not_send_twice_goes_to_the_edge_which_takes_its_time() -> None:
+    lines = [line.strip() for line in rewrite(ROUTED, SETTINGS).splitlines()]
+    chosen = [line for line in lines if line.startswith("use_backend")]
+    assert chosen == [
+        "use_backend http-edge if METH_POST is_large",
+        "use_backend http-edge if METH_POST wants_lines",
+        "use_backend http-model-own if is_http-model-own",
+        "use_backend http-edge if is_http-edge",
+    ]
+    assert lines[lines.index("backend http-edge") + 1] == "timeout server 900s"
+    assert LARGE_BODY_BYTES < BUFFER_BYTES - 16_384, "what is not sent to the edge fits, with its headers"
 
 
 def test_an_edited_file_is_left_as_it_is() -> None:
@@ -167,6 +193,7 @@ def test_autoscaling_words_become_serves() -> None:
     serve = ServeConfig.model_validate({"autoscaling_config": {"min_replicas": 0, "max_replicas": 7}})
     scaling = deployment_options(serve)["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["max_replicas"], scaling["upscale_delay_s"]) == (0, 7, 2.0)
+    assert scaling["policy"]["policy_kwargs"] == {"target_queued_tokens": 8192}
     assert "initial_replicas" not in scaling and "num_replicas" not in deployment_options(serve)
     assert initial_replicas(serve) == 0
 

@@ -1,0 +1,131 @@
+"""Admission in front of the batcher: what is refused, when to come again, and what is encoded where."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from eagleray.config.serving import ServeConfig
+from eagleray.engine import BatchLimits
+from eagleray.engine.items import Prepared
+from eagleray_serving.answering import Asking
+from eagleray_serving.batched import BatchedEngine
+from eagleray_serving.schema import WireError
+
+ASKING = Asking("id")
+
+
+class FakeEngine:
+    """Answers batches of 4 in 2 ms; notes in which threads it encoded; only encoding moves its clock."""
+
+    limits = BatchLimits(4, 64)
+    summary = SimpleNamespace(version="r1", route="predict", ref="m@r1")
+
+    def __init__(self, prepare_s: float = 0.0) -> None:
+        self.prepare_s = prepare_s
+        self.encoded_in: list[str] = []
+        self.now_s = 0.0
+
+    def prepare(self, item: Mapping[str, Any]) -> Prepared:
+        time.sleep(self.prepare_s)
+        self.now_s += self.prepare_s
+        self.encoded_in.append(threading.current_thread().name)
+        return Prepared(item, (item,), ({},), (1,))
+
+    def run(self, items: Sequence[Prepared], options: Mapping[str, Any]) -> list[Any]:
+        time.sleep(0.002)
+        return [{"value": item.example["value"]} for item in items]
+
+    def stepper(self, options: Mapping[str, Any]) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def batched(engine: FakeEngine, **limits: Any) -> BatchedEngine:
+    return BatchedEngine(engine, ServeConfig(**limits), clock=lambda: engine.now_s)  # type: ignore[arg-type]
+
+
+def test_ten_times_the_capacity_is_refused_at_once_and_the_rest_is_answered_in_bounded_time() -> None:
+    """2,000 items a second are answered, 20,000 come; 40 may wait, which is 20 ms of work."""
+
+    async def go() -> tuple[list[float], list[WireError], int]:
+        engine = batched(FakeEngine(), max_queued_tokens=40)
+        taken: list[float] = []
+        refused: list[WireError] = []
+        most = 0
+
+        async def ask(number: int) -> None:
+            begin = time.perf_counter()
+            try:
+                answers = await engine.answer([{"value": number}], {}, ASKING)
+            except WireError as error:
+                refused.append(error)
+            else:
+                assert answers.items == [{"value": number}]
+                taken.append(time.perf_counter() - begin)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(4000):
+                group.create_task(ask(number))
+                most = max(most, engine.num_tokens)
+                if number % 20 == 0:
+                    await asyncio.sleep(0.001)
+        assert engine.num_tokens == 0
+        await engine.close()
+        return taken, refused, most
+
+    taken, refused, most = asyncio.run(go())
+    assert len(taken) + len(refused) == 4000 and len(refused) > 1000 and len(taken) > 100
+    assert most <= 40 + 2 * 4 + 1, "what waits and what is in work is bounded"
+    assert {error.status for error in refused} == {429}
+    assert all(error.retry_after_s is not None and 1 <= error.retry_after_s <= 60 for error in refused)
+
+
+def test_items_that_wait_to_be_encoded_count_too() -> None:
+    async def go() -> list[bool]:
+        engine = batched(FakeEngine(prepare_s=0.01), max_queued_tokens=5)
+        asked = (engine.answer([{"value": number}], {}, ASKING) for number in range(20))
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await engine.close()
+        return [isinstance(each, WireError) for each in found]
+
+    assert asyncio.run(go()) == [False] * 5 + [True] * 15
+
+
+@pytest.mark.parametrize("prepare_s, where", [(0.0, "MainThread"), (0.002, "eagleray-prepare")])
+def test_small_items_are_encoded_where_they_arrive_while_that_is_quick(prepare_s: float, where: str) -> None:
+    fake = FakeEngine(prepare_s)
+
+    async def go() -> None:
+        engine = batched(fake)
+        for number in range(30):
+            await engine.answer([{"value": number}], {}, ASKING)
+        await engine.close()
+
+    asyncio.run(go())
+    assert fake.encoded_in[0].startswith("eagleray-prepare"), "nothing is known of the first one"
+    assert fake.encoded_in[-1].startswith(where)
+
+
+def test_long_items_and_lists_leave_the_loop_free() -> None:
+    fake = FakeEngine()
+
+    async def go() -> None:
+        engine = batched(fake)
+        for number in range(30):
+            await engine.answer([{"value": number}], {}, ASKING)
+        fake.encoded_in.clear()
+        await engine.answer([{"value": "x" * 1000}], {}, ASKING)
+        await engine.answer([{"value": 1}, {"value": 2}], {}, ASKING)
+        await engine.close()
+
+    asyncio.run(go())
+    assert all(name.startswith("eagleray-prepare") for name in fake.encoded_in)
