@@ -40,6 +40,7 @@ bench: $(STAMP)  ## measure beside the peers, one benchmark after another; print
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python benchmarks/serving.py
 
 wheel: $(STAMP)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel

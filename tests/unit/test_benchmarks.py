@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from http_load import Loaded
 from results_page import markdown_table, replace_section, write_section
+from serving_results import BulkRun, report_bulk, report_requests
 from training_results import (
     ONE,
     OURS,
@@ -59,7 +61,7 @@ def test_a_document_without_its_marks_is_refused(document: str) -> None:
         replace_section(document, "training", "new")
 
 
-@pytest.mark.parametrize("name", ["training", "layouts", "memory", "bubble", "serving"])
+@pytest.mark.parametrize("name", ["training", "layouts", "memory", "bubble", "serving", "bulk"])
 def test_the_page_has_a_section_for_every_benchmark(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "benchmarks.md"
     copy.write_text(BENCHMARKS_PAGE.read_text())
@@ -111,3 +113,28 @@ def test_ratios_are_of_one_round_each_and_costs_of_what_saves_take_away() -> Non
     assert ["every 50 steps", "9.80", "4.90 to 19.60", "2.0%", "< 3%"] in rows
     assert ["eagleray train", "1600", "2560", "1.60", ">= 1.85"] in rows
     assert ["start Python, import, read the file", "4.0", "4.0", "", ""] in rows
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+
+
+def test_the_way_of_a_request_is_compared_round_by_round() -> None:
+    one = Loaded(300, 2.5, 4.0, 0)
+    runs = {
+        "eagleray serve": [(Loaded(speed, 8.0, 20.0, 0), one) for speed in (1500.0, 3000.0)],
+        "Ray Serve as documented": [(Loaded(speed, 80.0, 200.0, 1), one) for speed in (300.0, 300.0)],
+    }
+    text = report_requests(runs, 2, 6, "a machine", "wrk")
+    assert ["eagleray serve", "2,250", "1,500 to 3,000", "20.0", "2.50", "0", "", ">= 1,500"] in cells(text)
+    pattern = ["Ray Serve as documented", "300", "300 to 300", "200.0", "2.50", "2", "7.50", "ours >= 5 times"]
+    assert pattern in cells(text)
+    assert "LitServe is not installed" in text
+
+
+def test_replicas_and_small_requests_beside_a_large_one_have_their_targets() -> None:
+    rest = [float(value) for value in range(1, 101)]
+    runs = {1: BulkRun(100.0, rest, rest, 50.0), 2: BulkRun(190.0, rest, [2 * value for value in rest], 60.0)}
+    text = report_bulk(runs, 3000, "a machine")
+    assert ["2 replicas, one thread each", "190", "1.90", ">= 1.85"] in cells(text)
+    assert ["2", "100", "60", "102", "200", "< 260"] in cells(text)

@@ -1,0 +1,211 @@
+"""The way of a request beside its peers, one large request over replicas, and small ones beside a large one.
+
+    python benchmarks/serving.py requests|bulk [--quick] [--write docs/benchmarks.md]
+
+`requests`: the same no-op behind `eagleray serve`, behind what Ray Serve's documentation shows (an ingress, a
+batched deployment, the Python proxy), LitServe, and plain FastAPI. Each side is started alone; one round of all of
+them, then the next one in another order. `bulk`: a small translator with one thread per replica.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+from http_load import Loaded, client_name, load
+from results_page import describe_machine, write_section
+from served import commit, noop_file, sentences, serving, translation_file
+from serving_results import OURS, PATTERN, BulkRun, report_bulk, report_requests
+
+PEERS = Path(__file__).parent / "peers" / "served_noop.py"
+SIDES = (OURS, PATTERN, "LitServe", "FastAPI, no Ray")
+PEER_NAMES = {PATTERN: "serve", "LitServe": "litserve", "FastAPI, no Ray": "fastapi"}
+BODY = b'{"inputs": [1.5]}'
+NUM_CONNECTIONS = 16
+START_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long is measured."""
+
+    num_rounds: int = 2
+    seconds: float = 6.0
+    num_sentences: int = 3000
+    num_alone: int = 200
+
+
+QUICK = Plan(num_rounds=1, seconds=1.0, num_sentences=600, num_alone=20)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(side: str, noop: Path) -> Iterator[str]:
+    """Start a side alone; give the URL of its model."""
+    if side == OURS:
+        with serving(noop, "serve.num_replicas=1") as url:
+            yield url + "/v1/predict"
+        return
+    port = free_port()
+    words = [sys.executable, str(PEERS), PEER_NAMES[side], str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        watch = threading.Timer(START_TIMEOUT_S, process.kill)
+        watch.start()
+        for line in process.stdout:
+            if line.strip() == "ready":
+                break
+        else:
+            raise RuntimeError(f"{side} did not start")
+        watch.cancel()
+        yield f"http://127.0.0.1:{port}/v1/predict"
+    finally:
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End a peer and what it started: its own session, nobody else's."""
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loaded]]]:
+    """Return of each side, per round, the load of 16 connections and of one."""
+    sides = [side for side in SIDES if side != "LitServe" or find_spec("litserve") is not None]
+    runs: dict[str, list[tuple[Loaded, Loaded]]] = {side: [] for side in sides}
+    for number in range(plan.num_rounds):
+        turn = number % len(sides)
+        for side in (*sides[turn:], *sides[:turn]):
+            with started(side, noop) as url:
+                load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=min(2.0, plan.seconds))
+                many = load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=plan.seconds)
+                one = load(url, BODY, num_connections=1, seconds=plan.seconds / 2)
+            runs[side].append((many, one))
+            shown = f"{many.requests_per_s:,.0f} requests/s, one at rest {one.p50_ms:.2f} ms"
+            print(f"round {number + 1}, {side}: {shown}", file=sys.stderr, flush=True)
+    return runs
+
+
+def measure_bulk(plan: Plan, translator: Path) -> dict[int, BulkRun]:
+    """Return what one and two replicas do with a large request, and with small ones beside it."""
+    runs = {}
+    for num_replicas in (1, 2):
+        with serving(translator, f"serve.num_replicas={num_replicas}") as url:
+            route = url + "/v1/translate"
+            body = {"text": sentences(plan.num_sentences)}
+            httpx.post(route, json={"text": sentences(300)}, timeout=600).raise_for_status()
+            at_rest = interactive(route, plan.num_alone, threading.Event())
+            begin = time.perf_counter()
+            whole = httpx.post(route, json=body, timeout=900)
+            seconds = time.perf_counter() - begin
+            assert whole.status_code == 200 and len(whole.json()["translations"]) == plan.num_sentences
+            batch_s = one_batch(route)
+            beside = beside_bulk(route, body)
+        runs[num_replicas] = BulkRun(plan.num_sentences / seconds, at_rest, beside, batch_s * 1000)
+        print(
+            f"{num_replicas} replicas: {plan.num_sentences / seconds:,.0f} sentences/s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return runs
+
+
+def interactive(route: str, count: int, stop: threading.Event) -> list[float]:
+    """Ask for one sentence after the other; return the milliseconds of each."""
+    taken = []
+    with httpx.Client(timeout=60) as client:
+        for text in sentences(count):
+            begin = time.perf_counter()
+            client.post(route, json={"text": text}).raise_for_status()
+            taken.append((time.perf_counter() - begin) * 1000)
+            if stop.wait(0.02):
+                break
+    return taken
+
+
+def one_batch(route: str) -> float:
+    """Return the seconds of a full batch, the best of three."""
+    body = {"text": sentences(64)}
+    taken = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        httpx.post(route, json=body, timeout=60).raise_for_status()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
+def beside_bulk(route: str, body: Mapping[str, object]) -> list[float]:
+    """Return the milliseconds of small requests while a large one runs."""
+    stop = threading.Event()
+    found: list[float] = []
+    asking = threading.Thread(target=lambda: found.extend(interactive(route, 100_000, stop)))
+    running = threading.Thread(target=lambda: httpx.post(route, json=body, timeout=900).raise_for_status())
+    running.start()
+    time.sleep(0.5)
+    asking.start()
+    running.join()
+    stop.set()
+    asking.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("requests", "bulk"), nargs="*", help="both by default")
+    parser.add_argument("--quick", action="store_true", help="one round of a second: a smoke run, no measurement")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the sections of this document")
+    options = parser.parse_args()
+    plan = QUICK if options.quick else Plan()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory(prefix="er-bench-", dir="/tmp") as folder:
+        if "requests" in options.what or not options.what:
+            runs = measure_requests(plan, commit(noop_file(), Path(folder)))
+            peers = [f"litserve {version('litserve')}"] if "LitServe" in runs else []
+            text = report_requests(
+                runs, plan.num_rounds, plan.seconds, "; ".join([machine, *peers]), client_name()
+            )
+            show(text, "serving", options.write)
+        if "bulk" in options.what or not options.what:
+            translator = commit(translation_file(ray_actor_options={"num_cpus": 1}), Path(folder))
+            show(report_bulk(measure_bulk(plan, translator), plan.num_sentences, machine), "bulk", options.write)
+
+
+def show(text: str, section: str, path: Path | None) -> None:
+    """Print a table, and put it in its place."""
+    print(text + "\n", flush=True)
+    if path is not None:
+        write_section(path, section, text)
+
+
+if __name__ == "__main__":
+    main()
