@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,9 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("requests", "bulk"), nargs="*", help="both by default")
     parser.add_argument("--quick", action="store_true", help="one round of a second: a smoke run, no measurement")
+    parser.add_argument("--rounds", type=int, help="rounds of all sides of `requests`")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the sections of this document")
     options = parser.parse_args()
     plan = QUICK if options.quick else Plan()
+    plan = replace(plan, num_rounds=options.rounds or plan.num_rounds)
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="er-bench-", dir="/tmp") as folder:
         if "requests" in options.what or not options.what:

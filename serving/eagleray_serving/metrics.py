@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
@@ -48,6 +49,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        self._series: dict[tuple[str | int, ...], tuple[Any, ...]] = {}
         served = ("model", "version", "lane")
         self._requests = Counter(
             "eagleray_requests", "Requests answered.", ("route", "method", "status"), registry=registry
@@ -78,15 +80,24 @@ class Metrics:
 
     def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request that entered by this process."""
-        self._requests.labels(route, method, str(status)).inc()
-        self._request_s.labels(route).observe(seconds)
+        # Finding a series by its labels costs more than counting: it is done once for each.
+        found = self._series.get((route, method, status))
+        if found is None:
+            counted, timed = self._requests.labels(route, method, str(status)), self._request_s.labels(route)
+            found = self._series[route, method, status] = (counted, timed)
+        found[0].inc()
+        found[1].observe(seconds)
 
     def count_answer(self, usage: Usage, seconds: float) -> None:
         """Count what a model of this process answered."""
         labels = (usage.model, usage.version, usage.lane)
-        self._items.labels(*labels).inc(usage.num_items)
-        self._tokens.labels(*labels).inc(usage.num_tokens)
-        self._answer_s.labels(*labels).observe(seconds)
+        found = self._series.get(labels)
+        if found is None:
+            every = (self._items, self._tokens, self._answer_s)
+            found = self._series[labels] = tuple(metric.labels(*labels) for metric in every)
+        found[0].inc(usage.num_items)
+        found[1].inc(usage.num_tokens)
+        found[2].observe(seconds)
 
     def count_batch(self, num_items: int, num_tokens: int) -> None:
         """Count what is in work at a step of the model of this process."""

@@ -149,6 +149,8 @@ class Batcher(Generic[T, R]):
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = loop.create_task(self._serve(), name="eagleray-batcher")
         try:
+            if timeout_s is None:
+                return await request.future
             async with asyncio.timeout(timeout_s):
                 return await request.future
         except TimeoutError:
