@@ -21,7 +21,8 @@ DEEP: dict[str, dict[str, Any]] = {
     "own": {"width": 64, "inner": 128, "depth": 8},
 }  # fmt: skip
 LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "fsdp4", "hsdp2x2", "fsdp2.tp2", "pp2.fsdp2", "pp2.tp2", "pp2.ddp2")
-SAMPLE = {*(("bert", layout) for layout in LAYOUTS), ("marian", "pp2.tp2"), ("own", "fsdp2")}
+QUICK_LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "hsdp2x2", "pp2.fsdp2")
+SAMPLE = {*(("bert", layout) for layout in QUICK_LAYOUTS), ("marian", "pp2.tp2")}
 CASES = [(family, layout) for family in DEEP for layout in LAYOUTS]
 
 
@@ -37,7 +38,9 @@ def test_a_rank_holds_what_the_formula_of_zero_says_and_what_was_estimated(
         assert_close(held, tolerance=0.05)
 
 
-@pytest.mark.parametrize("family", ["marian", "t5", "distilbert", "vit"])
+@pytest.mark.parametrize(
+    "family", ["marian", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "distilbert", "vit"))]
+)
 @pytest.mark.parametrize("layout", ["tp2", "pp2.tp2"])
 def test_what_tensor_parallelism_leaves_whole_is_estimated_exactly(
     group: Groups, family: str, layout: str

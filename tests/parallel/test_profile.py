@@ -50,7 +50,10 @@ def assert_nested(spans: list[Event]) -> None:
             assert outer["ts"] <= span["ts"] and span["ts"] + span["dur"] <= outer["ts"] + outer["dur"] + 1e-3
 
 
-@pytest.mark.parametrize("schedule, num_stages", [("1F1B", 2), ("GPipe", 2), ("Interleaved1F1B", 4)])
+@pytest.mark.parametrize(
+    "schedule, num_stages",
+    [("1F1B", 2), pytest.param("GPipe", 2, marks=pytest.mark.slow), ("Interleaved1F1B", 4)],
+)
 def test_every_micro_batch_passes_every_stage_forward_and_backward(
     group: Groups, tmp_path: Path, schedule: str, num_stages: int
 ) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from eagleray.parallel.timeline import Kind, Span, Timeline
+from eagleray.store.objects import ObjectStore
 from eagleray_jobs.train.profile import profiled_steps
+from eagleray_jobs.train.profiles import find_profiles, write_profile
 from eagleray_jobs.train.trace import RankTimeline, bubble, chrome_trace, ideal_bubble, picture
 
 MS = 1_000_000
@@ -65,6 +68,22 @@ def test_a_picture_is_xml_with_a_row_for_each_rank_and_a_box_for_each_pass() -> 
     titles = [each.text for each in svg.iter(f"{space}title")]
     assert len(titles) == len(FIRST) + len(SECOND)
     assert "forward of micro-batch 1 on stage 0, 1.00 ms" in titles
+
+
+@pytest.mark.parametrize("where", ["a directory", "S3"])
+def test_a_profile_lies_in_the_runs_folder_of_any_store(tmp_path: Path, s3_bucket: str, where: str) -> None:
+    store = ObjectStore.open(str(tmp_path) if where == "a directory" else f"{s3_bucket}/profiles")
+    about = {"run": "en-fr@r1", "layout": "pp2"}
+    for first in (100, 6):
+        write_profile(store, "runs/en-fr/r1", about, [rank(0, FIRST), rank(1, SECOND)], range(first, first + 3))
+    names = find_profiles(store, "runs/en-fr/r1")
+    assert names == tuple(
+        f"runs/en-fr/r1/profile/steps-{steps}.{kind}"
+        for steps in ("00000006-00000008", "00000100-00000102")
+        for kind in ("json", "svg")
+    )
+    assert json.loads(store.get(names[0]))["otherData"] == about | {"first_step": 6, "last_step": 8}
+    ElementTree.fromstring(store.get(names[1]))
 
 
 @pytest.mark.parametrize(
