@@ -63,7 +63,9 @@ def story(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     store = tmp_path_factory.mktemp("jobs") / "store"
     place = ["--store", store, "--address", ray_cluster.dashboard]
     submit = ["jobs", "submit", "train", OWN_MODEL, *OVERRIDES]
-    job = as_json(*submit, *place)["id"]
+    submitted = as_json(*submit, *place)
+    assert "id" in submitted, submitted
+    job = submitted["id"]
     await_step(store, 3, job)
     running = as_json("jobs", "status", job, "--store", store)
     stopped = as_json("jobs", "stop", job, "--store", store)
