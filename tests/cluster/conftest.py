@@ -43,6 +43,7 @@ def cluster_environment() -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "RAY_worker_niceness": "0",
+        "RAY_health_check_period_ms": "1000",  # a node counts as dead after five of them
     }
 
 

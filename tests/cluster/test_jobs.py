@@ -32,6 +32,7 @@ OVERRIDES = [
     "train.save_steps=null",
 ]
 TIMEOUT_S = 240.0
+pytestmark = pytest.mark.timeout(600)  # the story that most of them tell is two jobs long
 
 
 def eagleray(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -40,6 +40,7 @@ def test_a_store_that_two_nodes_do_not_share_is_found_before_the_first_step(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two nodes join, and the workers start twice
 def test_a_node_that_dies_is_replaced_and_the_end_is_bitwise_the_same(
     ray_cluster: RayCluster,
     ray_environment: dict[str, str],

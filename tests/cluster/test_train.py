@@ -61,6 +61,7 @@ def test_another_file_under_the_same_name_is_refused_with_the_key(
     assert "train.learning_rate" in done.value["error"]["message"]
 
 
+@pytest.mark.timeout(600)  # four starts of two workers
 def test_killed_and_interrupted_and_killed_again_a_run_in_a_bucket_ends_bitwise_as_the_undisturbed_one(
     ray_cluster: RayCluster, command_line: CommandLine, undisturbed: FinishedRun, s3_bucket: str, tmp_path: Path
 ) -> None:
