@@ -100,7 +100,8 @@ def predict(
     with reporting(json=json, verbose=verbose) as out:
         given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         options = {name: value for name, value in given.items() if value is not None}
-        report = _predict(out, ref, input, output, options, code or [], num_workers, store, address)
+        with _keeping_parts(out, output):
+            report = _predict(out, ref, input, output, options, code or [], num_workers, store, address)
         out.result(report.as_json(), _describe_rows(report))
 
 
@@ -152,6 +153,21 @@ def _predict(
             options=options,
             notify=out.note,
         )
+
+
+@contextmanager
+def _keeping_parts(out: Output, output: str) -> Iterator[None]:
+    """Tell whoever interrupts a prediction that what was answered is not lost."""
+    from eagleray_jobs.predict import PARTS_SUFFIX
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if Path(output + PARTS_SUFFIX).exists():
+            out.note(
+                f"what was answered so far is kept in {output}{PARTS_SUFFIX}: the same call goes on from there"
+            )
+        raise
 
 
 def find_code(ref: str, config: RunConfig, code: Sequence[str]) -> RunConfig:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from eagleray.store.objects import ObjectStore
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 FilesArgument = Annotated[
     list[str],
@@ -141,6 +142,10 @@ def reporting(*, json: bool = False, verbose: bool = False) -> Iterator[Output]:
             fail(out, error.code, error.message, error.hint, error.exit_code)
         except KeyboardInterrupt:
             fail(out, "interrupted", "interrupted", None, INTERRUPTED)
+        except SystemExit as end:
+            if end.code != TERMINATED:
+                raise
+            fail(out, "interrupted", "interrupted by SIGTERM", None, TERMINATED)
         except Exception as error:
             traceback.print_exc()
             hint = "this is a fault of eagleray: please report it with the lines above"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from ray_cluster import RayCluster
 from serving_models import CODE, commit, echo
-from train_runs import CommandLine, await_condition
+from train_runs import CommandLine, await_condition, finish
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
@@ -81,7 +82,7 @@ def eagleray(cluster: RayCluster, environment: dict[str, str], *arguments: objec
     return result
 
 
-def test_four_workers_killed_and_called_again_write_byte_for_byte_what_one_writes(
+def test_four_workers_stopped_and_called_again_write_byte_for_byte_what_one_writes(
     ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
 ) -> None:
     lines = [f"sentence number {i} of {'very ' * (i % 7)}many" for i in range(10_000)]
@@ -93,7 +94,10 @@ def test_four_workers_killed_and_called_again_write_byte_for_byte_what_one_write
     call = ("predict", "tiny", words, tmp_path / "out-4.jsonl", "--store", store.location, "--num-workers", 4)
     with CommandLine(ray_environment).start(*call, "--address", ray_cluster.address) as process:
         await_condition(lambda: any(tmp_path.glob("out-4.jsonl.parts/*/*.json")), process)
-        process.kill()
+        process.send_signal(signal.SIGTERM)
+        stopped = finish(process)
+    assert (stopped.status, stopped.value["error"]["code"]) == (143, "interrupted"), stopped.stderr
+    assert f"kept in {tmp_path}/out-4.jsonl.parts: the same call goes on from there" in stopped.stderr
     assert not (tmp_path / "out-4.jsonl").exists()
     four = eagleray(ray_cluster, ray_environment, *call)
     assert (one.num_rows, one.num_errors) == (four["num_rows"], four["num_errors"]) == (10_000, 0)

@@ -48,6 +48,7 @@ def test_with_json_everything_else_goes_to_standard_error_also_of_child_processe
         (InterruptedRunError("committed", 15), 143, "interrupted_run", "error: committed"),
         (InterruptedRunError("committed", 2), 130, "interrupted_run", "error: committed"),
         (KeyboardInterrupt(), 130, "interrupted", "error: interrupted"),
+        (SystemExit(143), 143, "interrupted", "error: interrupted by SIGTERM"),
     ],
 )
 def test_an_error_is_a_message_a_hint_and_a_status(
