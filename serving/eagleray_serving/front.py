@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import socket
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ DEFAULT_PORT = 8000
 LOOPBACK = "127.0.0.1"
 # Ports that replicas listen on; Serve tries the next one where a port is taken.
 NUM_REPLICA_PORTS = 200
+# Below the ports of outgoing connections, of which Ray makes hundreds while a server starts, and above those of
+# its workers: a port that was free when it was chosen is still free when the front binds it.
+QUIET_PORTS = range(20_000, 32_000 - NUM_REPLICA_PORTS)
+NUM_TRIES = 50
 # A request that kills its replica is sent again this often and no more.
 RETRIES = 3
 RETRY_ON = "conn-failure empty-response"
@@ -107,11 +112,19 @@ def choose_front(host: str = LOOPBACK, port: int = DEFAULT_PORT, certificate: Ce
     with ExitStack() as held:
         # All are held until all are chosen, so that no two are the same.
         http, fallback, stats, metrics, first = (
-            held.enter_context(_free_port(host, port)),
-            *(held.enter_context(_free_port(LOOPBACK, 0)) for _ in range(4)),
+            _hold(held, host, port),
+            *(_hold(held, LOOPBACK, 0) for _ in range(4)),
         )
-        first = min(first, 65_000 - NUM_REPLICA_PORTS)
         return Front(host, Ports(http, fallback, stats, metrics, first), find_haproxy(), certificate)
+
+
+def _hold(held: ExitStack, host: str, port: int) -> int:
+    """Hold a port that nobody uses; 0: one that nobody will be given before the front binds it."""
+    if port == 0:
+        for candidate in random.SystemRandom().sample(QUIET_PORTS, NUM_TRIES):
+            with suppress(ServingError):
+                return held.enter_context(_free_port(host, candidate))
+    return held.enter_context(_free_port(host, port))
 
 
 @contextmanager

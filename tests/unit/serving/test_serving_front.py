@@ -21,6 +21,7 @@ from eagleray_serving.detached import choose
 from eagleray_serving.front import (
     BUFFER_BYTES,
     MAX_FOLDER_CHARACTERS,
+    NUM_REPLICA_PORTS,
     Front,
     Ports,
     RequestLimits,
@@ -124,9 +125,11 @@ def test_what_a_rule_of_the_front_refuses_is_answered_in_our_shape(status: int) 
     assert set(json.loads(refusal(status, 16_384))["error"]) == {"code", "message", "hint"}
 
 
-def test_ports_are_distinct_and_zero_takes_a_free_one() -> None:
+def test_ports_are_distinct_and_zero_takes_one_that_no_outgoing_connection_is_given() -> None:
     ports = choose_front(port=0).ports
-    assert len({ports.http, ports.fallback, ports.stats, ports.metrics, ports.first_replica}) == 5
+    chosen = {ports.http, ports.fallback, ports.stats, ports.metrics, ports.first_replica}
+    assert len(chosen) == 5
+    assert max(chosen) + NUM_REPLICA_PORTS < 32_768  # where Linux begins
 
 
 def test_a_port_in_use_is_named_with_what_to_do() -> None:
