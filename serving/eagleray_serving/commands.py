@@ -134,7 +134,7 @@ def status(json: JsonOption = False, verbose: VerboseOption = False) -> None:
 
         home = Home.default()
         records = home.records()
-        live = {each.id: running(each) for each in records}
+        live = {each.id: running(each, home.token(each.id)) for each in records}
         rows = [
             (
                 each.id,

@@ -75,7 +75,10 @@ class Control:
 
     def views(self) -> Mapping[str, Mapping[str, Any]]:
         """Return what is known of each model's versions."""
-        return {name: controller.view() for name, controller in self._controllers.items()}
+        return {
+            name: {**controller.view(), "scores": controller.scores()}
+            for name, controller in self._controllers.items()
+        }
 
     def routes(self) -> list[Route]:
         """Return the routes of commands."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class Controller:
         self._reports: list[Report] = []
         self._looked_at = self._leased_at = -float("inf")
         self._complaint: str | None = None
+        self._scores: dict[str, Mapping[str, float]] = {plan.card.version: plan.card.scores}
 
     def step(self) -> None:
         """Look, decide, and say what follows."""
@@ -114,6 +115,18 @@ class Controller:
         with self._lock:
             state, reports = self._known(), self._reports
         return view(state, reports, self._follow, self._complaint)
+
+    def scores(self) -> Mapping[str, float]:
+        """Return what the current version scored; nothing where the store does not say."""
+        with self._lock:
+            version = self._known().current
+        if version not in self._scores:
+            try:
+                manifest = Registry(self._store).open(self._reference(version)).manifest
+            except EaglerayError:
+                return {}
+            self._scores[version] = {name: score for name, score in manifest.metrics.items() if score is not None}
+        return self._scores[version]
 
     def _known(self) -> Rollout:
         if self._state is None:

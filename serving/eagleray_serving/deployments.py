@@ -18,7 +18,7 @@ from eagleray_serving.bulk import Item, ReplicaDiedError
 from eagleray_serving.bulk_service import BulkService
 from eagleray_serving.control import Control
 from eagleray_serving.edge import READY, Edge
-from eagleray_serving.edge_handle import Head, in_pieces
+from eagleray_serving.edge_handle import Head, Used, in_pieces
 from eagleray_serving.gate import Gate
 from eagleray_serving.loopback import keep_on_loopback
 from eagleray_serving.metrics import Family
@@ -180,6 +180,7 @@ class EdgeReplica:
             owner_sha256=token_sha256,
         )
         gate.watch()
+        self._gate = gate
         self._edge = Edge(
             [plan.card for plan in plans],
             fleet,
@@ -198,11 +199,13 @@ class EdgeReplica:
 
     async def spread(
         self, name: str, body: bytes, asking: Asking, lines: bool
-    ) -> AsyncGenerator[Head | bytes, None]:
-        """Answer a large request that reached a replica first."""
+    ) -> AsyncGenerator[Head | bytes | Used, None]:
+        """Answer a large request that reached a replica first; the last piece is what it took."""
+        visit = self._gate.readmit(asking)
         response = await self._edge.spread(name, body, asking, lines=lines)
         async for piece in in_pieces(response):
             yield piece
+        yield Used(tuple(visit.used))
 
     async def report(self, model: str, replica: str, families: list[Family]) -> int:
         """Take what a replica counted; returns how many replicas of its model run."""

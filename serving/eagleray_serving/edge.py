@@ -26,7 +26,7 @@ from eagleray_serving.lines import wants_lines
 from eagleray_serving.metrics import CONTENT_TYPE, Reports
 from eagleray_serving.reception import framing
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
-from eagleray_serving.visits import require
+from eagleray_serving.visits import current_visit, require
 from eagleray_serving.web import read_body, request_id
 
 READY = "ready"
@@ -132,15 +132,14 @@ class Edge:
         states = await self._fleet.states()
         models = {card.name: states.get(card.name, "missing") for card in self._cards}
         waiting = [name for name, state in models.items() if state != READY]
+        # It needs no key, so it tells what is served only to those who have one.
+        visit = current_visit()
+        is_told = not self._gate.ring.is_asked or (visit is not None and visit.key is not None)
         if waiting:
-            raise WireError(
-                503,
-                "not_ready",
-                "not ready: " + ", ".join(f"{name} ({models[name]})" for name in waiting),
-                "ask again soon",
-                retry_after_s=1,
-            )
-        return JSONResponse({"status": READY, "models": models})
+            listed = ", ".join(f"{name} ({models[name]})" for name in waiting)
+            message = f"not ready: {listed}" if is_told else "not every model is ready"
+            raise WireError(503, "not_ready", message, "ask again soon", retry_after_s=1)
+        return JSONResponse({"status": READY, "models": models} if is_told else {"status": READY})
 
     async def _models(self, request: Request) -> Response:
         states, replicas = await self._fleet.states(), await self._fleet.replicas()
@@ -148,7 +147,11 @@ class Edge:
         models = []
         for card in self._cards:
             rollout = rollouts.get(card.name)
-            shown = card if rollout is None else replace(card, version=rollout["current"])
+            shown = card
+            if rollout is not None:
+                scores = rollout.get("scores", {})
+                rollout = {key: value for key, value in rollout.items() if key != "scores"}
+                shown = replace(card, version=rollout["current"], scores=scores)
             state = {"state": states.get(card.name, "missing"), "replicas": replicas.get(card.name)}
             models.append({**shown.as_json(), **state} | ({} if rollout is None else {"rollout": rollout}))
         return JSONResponse({"models": models})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
@@ -11,9 +12,17 @@ from starlette.responses import Response, StreamingResponse
 from eagleray_serving.answering import Asking
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan
 from eagleray_serving.schema import WireError
+from eagleray_serving.visits import Usage, current_visit
 
 # What the edge sends through a handle: status and headers, then the body in pieces.
 Head = tuple[int, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """The last piece: what was done for the request, for the account of the replica that it reached first."""
+
+    usages: tuple[Usage, ...]
 
 
 class EdgeHandle:
@@ -58,7 +67,10 @@ class EdgeHandle:
 async def _pass_on(pieces: Any) -> AsyncGenerator[bytes, None]:
     try:
         async for piece in pieces:
-            yield piece
+            if not isinstance(piece, Used):
+                yield piece
+            elif (visit := current_visit()) is not None:
+                visit.used += piece.usages
     finally:
         pieces.cancel()
 

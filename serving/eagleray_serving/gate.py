@@ -25,7 +25,7 @@ from eagleray_serving.metrics import Metrics
 from eagleray_serving.protection import Protection
 from eagleray_serving.rates import Rates
 from eagleray_serving.schema import WireError
-from eagleray_serving.visits import Usage, Visit, current_visit
+from eagleray_serving.visits import Usage, Visit, current_visit, enter
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,17 @@ class Gate:
         visit = current_visit()
         if visit is not None:
             visit.used.append(usage)
-        self.rates.charge(self.ring.named(asking.key), usage.num_tokens)
+        self.charge_rate(asking, usage.num_tokens)
+
+    def charge_rate(self, asking: Asking, num_tokens: int) -> None:
+        """Take tokens from the key that asks, without an account of them."""
+        self.rates.charge(self.ring.named(asking.key), num_tokens)
+
+    def readmit(self, asking: Asking) -> Visit:
+        """Begin the visit of a request that another process let in and handed over."""
+        visit = Visit(asking.request_id, self.ring.named(asking.key), is_admitted=True)
+        enter(visit)
+        return visit
 
     def leave(self, visit: Visit, method: str, route: str, status: int, address: str | None) -> None:
         """Take note of a request that was answered."""

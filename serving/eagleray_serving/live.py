@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from eagleray_serving.home import ServerRecord
+from eagleray_serving.protection import trusting
 
 TIMEOUT_S = 2.0
 
@@ -31,13 +32,20 @@ class Live:
         return [f"{ref} ({counts.get(ref.partition('@')[0], 0)})" for ref in refs]
 
 
-def running(record: ServerRecord) -> Live:
-    """Ask a server that is ready; one that does not answer soon is not waited for."""
+def running(record: ServerRecord, token: str | None = None) -> Live:
+    """Ask a server that is ready; one that does not answer soon is not waited for.
+
+    Args:
+        record: The server.
+        token: The secret of its owner, which opens what others need a key for.
+    """
     if record.state != "ready":
         return Live(None)
     try:
-        response = httpx.get(record.url + "/v1/models", timeout=TIMEOUT_S)
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        trust = trusting(record.certificate)
+        response = httpx.get(record.url + "/v1/models", timeout=TIMEOUT_S, headers=headers, verify=trust)
         response.raise_for_status()
         return Live({model["name"]: model.get("replicas") for model in response.json()["models"]})
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+    except (httpx.HTTPError, OSError, ValueError, KeyError, TypeError):
         return Live(None)

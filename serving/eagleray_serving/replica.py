@@ -71,6 +71,9 @@ class ModelReplica:
         """
         self._held_back.tell(asking.request_id, waiting_tokens)
         try:
-            return await self._versions.answer(items, options, asking)
+            answers = await self._versions.answer(items, options, asking)
         except WireError as error:
             return error
+        # The edge keeps the account; here, what the key may use by this replica gets less.
+        self._service.gate.charge_rate(asking, answers.num_tokens)
+        return answers

@@ -14,6 +14,7 @@ from version_fakes import NAME, V1, V2, DictNotes, Site, commit
 from eagleray.engine import ItemError, ModelSummary
 from eagleray.errors import ServingError, UsageError
 from eagleray_serving.answering import Answers, ItemFailure
+from eagleray_serving.board import Board
 from eagleray_serving.commanding import choose_server
 from eagleray_serving.control import Control
 from eagleray_serving.edge import Edge
@@ -21,6 +22,7 @@ from eagleray_serving.gate import Gate
 from eagleray_serving.home import Home, ServerRecord
 from eagleray_serving.keys import KeyFile, new_key
 from eagleray_serving.protection import Protection
+from eagleray_serving.rollout import Rollout
 from eagleray_serving.room import no_room
 from eagleray_serving.trial import NUM_EXAMPLES, Recorded, Recorder, check_same_kind, try_on
 
@@ -76,6 +78,21 @@ def test_commands_answer_what_they_did_and_v1_models_shows_it(tmp_path: Path) ->
     assert shown["rollout"]["loading"]["version"] == V2
     ended = call(app, "POST", f"/v1/models/{NAME}/rollback", b"{}", BEARER)
     assert (ended.status_code, ended.json()["version"]) == (200, V1)
+
+
+def test_the_scores_that_are_shown_are_those_of_the_version_that_answers(tmp_path: Path) -> None:
+    site, notes = Site(tmp_path, num_replicas=0), DictNotes()
+    commit(site.store, 2, loss=0.5)
+    control = Control([site.plan], notes)
+    edge = Edge(
+        [site.plan.card], FakeFleet({}), max_body_bytes=1000, body_timeout_s=1, versions=control.views
+    ).application()
+    (before,) = call(edge, "GET", "/v1/models").json()["models"]
+    assert (before["version"], before["scores"]) == (V1, {})
+    Board(notes, site.plan.server, NAME).tell(Rollout(V2, since=0.0))
+    later = Control([site.plan], notes)
+    assert later.views()[NAME]["current"] == V2
+    assert later.views()[NAME]["scores"] == {"loss": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from serving_fakes import EN_DE, EN_FR, LANGID, FakeFleet, call, is_error, servi
 from starlette.types import ASGIApp
 
 from eagleray.errors import ServingError, UsageError
+from eagleray_serving.answering import Asking
 from eagleray_serving.edge import Edge
 from eagleray_serving.gate import Gate
 from eagleray_serving.keys import ApiKey, KeyFile, KeyRing, keys_of, new_key
 from eagleray_serving.protection import Protection
 from eagleray_serving.schema import WireError
-from eagleray_serving.visits import Visit, enter
+from eagleray_serving.visits import Usage, Visit, enter
 
 BODY = b'{"text": "a"}'
 MakeKey = Callable[..., str]
@@ -238,6 +239,9 @@ def test_what_says_only_that_the_server_lives_needs_no_key(file: KeyFile, make: 
         "/openapi.json": 401,
         "/nothing": 401,
     }
+    assert call(app, "GET", "/readyz").json() == {"status": "ready"}
+    told = call(app, "GET", "/readyz", headers=bearer(key)).json()["models"]
+    assert set(told) == {"en-fr", "en-de", "langid"}
     assert call(app, "GET", "/docs").headers["www-authenticate"].startswith("Basic")
     assert call(app, "GET", "/docs", headers=bearer(key)).status_code == 200
     assert call(app, "GET", "/v1/models", headers=bearer(key)).status_code == 200
@@ -270,6 +274,17 @@ def test_a_key_in_a_body_is_taken_and_no_model_is_used_without_one(file: KeyFile
         guard.admit("translate/en-fr")
     guard.identify(key)
     guard.admit("translate/en-fr")
+
+
+def test_what_was_handed_over_is_of_the_key_that_was_let_in_elsewhere(file: KeyFile, make: MakeKey) -> None:
+    make("one", "translate", rate=1.0)
+    guard = gate(file)
+    asking = Asking("id", key="one")
+    visit = guard.readmit(asking)
+    guard.rates.charge(visit.key, 1000)
+    guard.admit("translate/en-fr")  # also in debt: it was asked where it entered
+    guard.charge(Usage("en-fr", "v1", 2, 30, "bulk"), asking)
+    assert [usage.num_tokens for usage in visit.used] == [30]
 
 
 def test_no_answer_and_no_error_shows_a_key(file: KeyFile, make: MakeKey) -> None:
