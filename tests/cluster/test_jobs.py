@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from ray_cluster import RayCluster, free_port
-from serving_models import wait_until
+from ray_cluster import RayCluster
 
 from eagleray.store.objects import ObjectStore
 
@@ -113,31 +111,18 @@ def test_the_clusters_ray_runs_the_packages_that_were_shipped(story: Story) -> N
     assert "py_modules_files" in started["package"]
 
 
-def test_what_the_job_committed_answers_from_the_cluster_until_ctrl_c_takes_it_away(
-    story: Story, ray_cluster: RayCluster, tmp_path: Path
-) -> None:
+def test_what_the_job_committed_answers_over_http(story: Story, tmp_path: Path) -> None:
+    home = {"EAGLERAY_HOME": str(tmp_path / "home")}
     words = [OWN_MODEL, "serve.ref=@latest", "serve.num_replicas=1", "serve.ray_actor_options.num_cpus=0.25"]
-    place = ["--store", story.store, "--address", ray_cluster.address, "--port", free_port(), "--json"]
-    command = [sys.executable, "-m", "eagleray.cli", "serve", *map(str, [*words, *place])]
-    environment = {**os.environ, "EAGLERAY_HOME": str(tmp_path / "home")}
-    with (
-        (tmp_path / "stderr").open("w") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, (tmp_path / "stderr").read_text()
-            url = json.loads(line)["url"]
-            answer = httpx.post(url + "/v1/predict", json={"inputs": [{"source": "January 5"}]}, timeout=60)
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["version"] == f"r1-step-{story.stopped['result']['step'] + 5:08d}"
-            assert isinstance(answer.json()["predictions"][0]["characters"], int)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(90) == 0
-        finally:
-            process.kill()
-    assert wait_until(url + "/v1/models", 404).status_code == 404
+    served = as_json("serve", *words, "--store", story.store, "--port", "0", "--detach", **home)
+    assert "url" in served, served
+    try:
+        answer = httpx.post(served["url"] + "/v1/predict", json={"inputs": [{"source": "January 5"}]}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["version"] == f"r1-step-{story.stopped['result']['step'] + 5:08d}"
+        assert isinstance(answer.json()["predictions"][0]["characters"], int)
+    finally:
+        assert eagleray("serve", "stop", **home).returncode == 0
 
 
 def test_evaluate_and_predict_run_as_jobs(story: Story, ray_cluster: RayCluster, tmp_path: Path) -> None:

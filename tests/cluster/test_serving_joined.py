@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,23 @@ def command(models: Path, tmp_path: Path) -> Command:
 def joining(command: Command, environment: Mapping[str, str]) -> Command:
     ray = {name: value for name, value in environment.items() if name.startswith("RAY_AUTH")}
     return Command(command.home, ray)
+
+
+def test_a_server_on_a_joined_cluster_answers_and_takes_only_itself_away(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], models: Path, command: Command
+) -> None:
+    there = joining(command, ray_environment)
+    process = there.start(
+        "serve", str(models / "own.yaml"), "--address", ray_cluster.address, "--port", str(free_port()), "--json"
+    )
+    assert process.stdout is not None
+    info = json.loads(process.stdout.readline())
+    assert "url" in info, (info, (command.home.parent / "stderr.log").read_text()[-3000:])
+    assert httpx.post(info["url"] + "/v1/predict", json={"inputs": [1]}, timeout=30).status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 0
+    process.stdout.close()
+    assert wait_until(info["url"] + "/v1/models", 404).status_code == 404
 
 
 @pytest.mark.slow
