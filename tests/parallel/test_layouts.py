@@ -7,12 +7,13 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ranks import RankGroup
 from runs import assert_same, in_layout, one_process
 
 from eagleray.config.layout import Layout
 from eagleray.errors import ConfigError
-from eagleray.parallel import ParallelOptions
+from eagleray.parallel import ParallelOptions, build_mesh
 
 Groups = Callable[[int], RankGroup]
 
@@ -110,6 +111,15 @@ def test_a_plan_of_the_config_is_refused_where_it_does_not_fit(group: Groups) ->
     assert "parallel.tensor_parallel_degree 4 does not divide num_key_value_heads 2" in message
     message = group(2).run(refused, "qwen3", Layout(pipeline=2))[0]
     assert "Qwen3ForSequenceClassification does not say how it can be cut into stages" in message
+
+
+def test_ranks_of_one_tensor_parallel_group_are_neighbours_and_so_on_one_node(group: Groups) -> None:
+    assert group(4).run(tensor_parallel_group, Layout(shard=2, tensor=2)) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert group(4).run(tensor_parallel_group, Layout(pipeline=2, tensor=2)) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def tensor_parallel_group(layout: Layout) -> list[int]:
+    return dist.get_process_group_ranks(build_mesh(layout, "cpu", timeout_s=15).get_group("tp"))
 
 
 def refused(family: str, layout: Layout) -> str:

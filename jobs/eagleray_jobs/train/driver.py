@@ -41,7 +41,7 @@ from eagleray_jobs.train.failures import find_fatal, merge, spell_ranks
 from eagleray_jobs.train.launch import build_trainer, environment
 from eagleray_jobs.train.memory import ended_for_memory, kernel_kills
 from eagleray_jobs.train.outlook import Outlook
-from eagleray_jobs.train.preflight import check_half_precision, workers_request
+from eagleray_jobs.train.preflight import check_gpus, workers_request
 from eagleray_jobs.train.profiles import find_profiles
 from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.report import TrainReport, next_commands
@@ -167,7 +167,7 @@ class _Driver:
             connect(options.address, code=code, verbose=options.verbose, notify=self.view.note)
         )
         use_gpu = self._use_gpu(cluster)
-        check_half_precision(config, cluster.where, has_gpus=use_gpu)
+        check_gpus(config, cluster.where, has_gpus=use_gpu)
         request = workers_request(config, self.layout, use_gpu=use_gpu)
         cluster.require(request, config.resources.wait_s, self.view.note)
         self._enter("prepare data")

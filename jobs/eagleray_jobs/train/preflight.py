@@ -30,7 +30,7 @@ def check(config: RunConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The degrees do not fit, or `code:` names no directory.
-        ResourceError: This machine has less than the workers ask for, or no GPU for fp16.
+        ResourceError: This machine has less than the workers ask for, or no GPU for what needs one.
         StoreURIError: The store is relative, and the cluster is not ours alone.
         UsageError: Nothing answers at the address.
     """
@@ -39,23 +39,30 @@ def check(config: RunConfig, address: str | None) -> None:
     if target is None:
         check_local(workers_request(config, layout, use_gpu=config.resources.use_gpu is True))
         if config.resources.use_gpu == "auto":
-            check_half_precision(config, "this machine", has_gpus=count_gpus() > 0)
+            check_gpus(config, "this machine", has_gpus=count_gpus() > 0)
     else:
         if config.store is not None:
             check_absolute(config.store)
         probe(target)  # before the run is claimed
 
 
-def check_half_precision(config: RunConfig, where: str, *, has_gpus: bool) -> None:
-    """Refuse fp16 where the workers would compute on CPUs.
+def check_gpus(config: RunConfig, where: str, *, has_gpus: bool) -> None:
+    """Refuse what CPUs cannot do, where the workers would compute on them.
 
     Raises:
-        ResourceError: There is no GPU.
+        ResourceError: There is no GPU for fp16, or none to offload from.
     """
-    if config.train is not None and config.train.fp16 and not has_gpus:
+    if has_gpus:
+        return
+    if config.train is not None and config.train.fp16:
         raise ResourceError(
             f"train.fp16 needs GPUs, but {where} has none",
             "Set train.bf16 instead, or train on a cluster with GPUs (--address).",
+        )
+    if config.parallel.cpu_offload:
+        raise ResourceError(
+            f"parallel.cpu_offload needs GPUs, but {where} has none: the weights are in the host's memory already",
+            "Leave it out, or train on a cluster with GPUs (--address).",
         )
 
 

@@ -52,18 +52,20 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "use_gpu, message",
+    "key, use_gpu, message",
     [
-        ("auto", "train.fp16 needs GPUs, but this machine has none"),
-        ("false", "train.fp16 needs GPUs, but resources.use_gpu is false; set train.bf16 instead"),
+        ("train.fp16", "auto", "train.fp16 needs GPUs, but this machine has none"),
+        ("train.fp16", "false", "train.fp16 needs GPUs, but resources.use_gpu is false; set train.bf16 instead"),
+        ("parallel.cpu_offload", "auto", "parallel.cpu_offload needs GPUs, but this machine has none"),
     ],
 )
 @pytest.mark.skipif(count_gpus() > 0, reason="this machine has a GPU")
-def test_half_precision_without_a_gpu_is_refused_before_anything_starts(
-    use_gpu: str, message: str, tmp_path: Path
+def test_what_needs_a_gpu_is_refused_without_one_before_anything_starts(
+    key: str, use_gpu: str, message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "run.yaml").write_text(FILE.replace("CPU: 900", "CPU: 0.1"))
-    words = ["train", "run.yaml", "train.fp16=true", f"resources.use_gpu={use_gpu}", "--json"]
+    file = FILE.replace("CPU: 900", "CPU: 0.1") + "parallel: {data_parallel_shard_degree: 2}\n"
+    (tmp_path / "run.yaml").write_text(file)
+    words = ["train", "run.yaml", f"{key}=true", f"resources.use_gpu={use_gpu}", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "eagleray.cli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
