@@ -56,10 +56,16 @@ def cutting_problem(
     """
     if layout.tensor == layout.pipeline == 1:
         return None
+    schedule = config.parallel.pipeline_parallel_schedule
+    splits_backward = section == "parallel" and layout.pipeline > 1 and schedule.endswith("ZeroBubble")
+    if splits_backward and layout.num_data_ranks > 1:
+        return _no_schedule(f"{schedule} does not work beside data-parallel degrees: FSDP loses gradients")
     uneven = _uneven_micro_batches(config, layout) if section == "parallel" else None
-    known = None if uneven else _settings(config)
-    if known is None:
+    if uneven is not None:
         return uneven
+    known = _settings(config)
+    if known is None:
+        return None
     family, values = known
     sizes = SIZES.get(family, Sizes(_OTHER_HEADS, ()))
     numbers = {key: values[key] for key in sizes.heads if isinstance(values.get(key), int)}
@@ -73,9 +79,12 @@ def cutting_problem(
         of = ", ".join(SIZES)
         return Problem(key, f"{'.'.join(key)} is {layout.pipeline}, but stages are made of {of}, not of {family}")
     layers = [values.get(key) for key in sizes.layers]
-    if section == "parallel":
-        return _too_many_stages(layout, layers, config.parallel.pipeline_parallel_schedule)
-    return _too_many_ranks(layout, layers)
+    if section == "serve":
+        return _too_many_ranks(layout, layers)
+    if splits_backward and len(sizes.layers) > 1:
+        reading = "gradients are lost of an encoder's result that several layers read"
+        return _no_schedule(f"{schedule} cannot run a {family} model: {reading}")
+    return _stages_problem(config, layout, layers)
 
 
 def uneven_micro_batches(global_batch_size: int, layout: Layout, num_microbatches: int) -> tuple[str, str] | None:
@@ -113,18 +122,31 @@ def _too_many_ranks(layout: Layout, layers: list[Any]) -> Problem | None:
     )
 
 
-def _too_many_stages(layout: Layout, layers: list[Any], schedule: str) -> Problem | None:
+def _no_schedule(why: str) -> Problem:
+    key = ("parallel", "pipeline_parallel_schedule")
+    return Problem(
+        key, f"{'.'.join(key)} {why} when the backward pass is split; use 1F1B, Interleaved1F1B or GPipe"
+    )
+
+
+def _stages_problem(config: RunConfig, layout: Layout, layers: list[Any]) -> Problem | None:
+    parallel = config.parallel
+    schedule, split = parallel.pipeline_parallel_schedule, parallel.pipeline_parallel_split
     per_rank = _STAGES_PER_RANK.get(schedule, 1)
     if layout.pipeline == 1 or not all(isinstance(number, int) for number in layers):
         return None
-    if layout.pipeline * per_rank <= sum(layers):
+    num_stages, num_layers = layout.pipeline * per_rank, sum(layers)
+    if num_stages > num_layers:
+        return Problem(
+            ("parallel", "pipeline_parallel_degree"),
+            f"parallel.pipeline_parallel_degree {layout.pipeline} with {per_rank} stages per rank ({schedule}) "
+            f"makes {num_stages} stages, but the model has {num_layers} layers, and each stage needs one",
+        )
+    if split is None or (len(split) == num_stages and sum(split) == num_layers):
         return None
-    return Problem(
-        ("parallel", "pipeline_parallel_degree"),
-        f"parallel.pipeline_parallel_degree {layout.pipeline} with {per_rank} stages per rank "
-        f"({schedule}) makes {layout.pipeline * per_rank} stages, but the model "
-        f"has {sum(layers)} layers, and each stage needs one",
-    )
+    key = ("parallel", "pipeline_parallel_split")
+    wanted = f"{num_stages} numbers, one for each stage, whose sum is the {num_layers} layers"
+    return Problem(key, f"{'.'.join(key)} is {list(split)}; give {wanted}")
 
 
 def _settings(config: RunConfig) -> tuple[str, Mapping[str, Any]] | None:

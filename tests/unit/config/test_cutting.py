@@ -50,6 +50,25 @@ def test_the_sizes_are_keys_of_every_family() -> None:
             {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
             "makes 4 stages, but the model has 2 layers",
         ),
+        (
+            {"family": "t5"},
+            {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+            "ZBVZeroBubble cannot run a t5 model: gradients are lost of an encoder's result that several layers",
+        ),
+        (
+            {"factory": "module:build"},
+            {
+                "pipeline_parallel_degree": 2,
+                "data_parallel_shard_degree": 2,
+                "pipeline_parallel_schedule": "InterleavedZeroBubble",
+            },
+            "InterleavedZeroBubble does not work beside data-parallel degrees: FSDP loses gradients",
+        ),
+        (
+            {"family": "t5", "config": {"num_layers": 2}},
+            {"pipeline_parallel_degree": 2, "pipeline_parallel_split": [3, 2]},
+            "is [3, 2]; give 2 numbers, one for each stage, whose sum is the 4 layers",
+        ),
     ],
 )
 def test_a_family_that_the_layout_cannot_cut_is_refused(
