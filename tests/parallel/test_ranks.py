@@ -43,8 +43,15 @@ def test_a_failing_rank_is_named_with_its_traceback_and_the_group_starts_anew() 
             group.run(fail_on, 1)
         assert [failure.world_rank for failure in error.value.failures] == [1]
         assert "ValueError: rank 1 fails" in str(error.value)
-        with pytest.raises(RanksFailed, match="exit status 3"):
+        with pytest.raises(RanksFailed, match="exit status 3") as error:
             group.run(die_on, 0)
+        assert str(error.value.as_error()).startswith("rank 0: the process ended with exit status 3\n")
         assert group.run(sum_of_ranks, 0)[0] == (0, 1, 1)
     finally:
         group.close()
+
+
+def test_ranks_that_give_no_answer_in_time_are_no_dead_ones() -> None:
+    late = "no answer within 264 s"
+    error = RanksFailed((), {0: late, 1: late, 2: "the process ended with exit status 3"}).as_error()
+    assert error.message == f"ranks 0, 1: {late}; rank 2: the process ended with exit status 3"

@@ -19,8 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from eagleray.errors import EaglerayError
-from eagleray_jobs.train.failures import RankFailure, merge
+from eagleray.errors import EaglerayError, WorkerError
+from eagleray_jobs.train.failures import RankFailure, find_fatal, merge, spell_ranks
 
 START_TIMEOUT_S = 180.0
 GRACE_S = 5.0
@@ -52,8 +52,15 @@ class RanksFailed(Exception):
 
     def as_error(self) -> EaglerayError:
         """Return one error for all of them: a rank's own where all ranks raised the same."""
-        hint = "; ".join(f"rank {rank}: {how}" for rank, how in sorted(self.dead.items())) or None
-        return merge(self.failures, self.dead, hint)
+        ended: dict[str, list[int]] = {}
+        for rank, how in sorted(self.dead.items()):
+            ended.setdefault(how, []).append(rank)
+        hows = "; ".join(f"{spell_ranks(ranks)}: {how}" for how, ranks in ended.items())
+        if hows and not find_fatal(self.failures):
+            return WorkerError(
+                hows, "A process that is killed may have had too little memory; a slow machine, time."
+            )
+        return merge(self.failures, self.dead, hows or None)
 
 
 class RankGroup:
