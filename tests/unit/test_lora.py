@@ -216,6 +216,39 @@ def test_the_files_of_an_adapter_bear_the_names_that_peft_gives_them(tmp_path: P
     }
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning"
+)  # peft reads what transformers renamed
+@pytest.mark.parametrize("task", ["translation", "text-classification"])
+def test_peft_opens_an_exported_adapter_and_computes_what_we_do(tmp_path: Path, task: str) -> None:
+    import transformers
+    from peft import PeftModel
+
+    if task == "translation":
+        directory = save_t5(tmp_path / "base")
+        lora, auto = {}, transformers.AutoModelForSeq2SeqLM
+    else:
+        labels = sorted({row["label"] for row in ROWS[task]})
+        directory = save_distilbert(tmp_path / "base", labels)
+        lora = {"target_modules": ["q_lin"], "modules_to_save": ["classifier"]}
+        auto = transformers.AutoModelForSequenceClassification
+    config, processor, model = adapted(directory, task, commit="adapter", **lora)
+    files = model_files(model, config, processor) | pretrained_base(config).to_files()
+    checkpoint = FakeCheckpoint(config, files, trained_tensors(trained(model)))
+    ours = load_engine(checkpoint).model
+    write_adapter(checkpoint, ours, tmp_path / "adapter")  # type: ignore[arg-type]
+
+    theirs = PeftModel.from_pretrained(auto.from_pretrained(directory), str(tmp_path / "adapter")).eval()
+    inputs = {"input_ids": torch.arange(3, 15).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    if task == "translation":
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+    with torch.no_grad():
+        expected, found = theirs(**inputs).logits, ours.eval()(**inputs).logits
+        plain = auto.from_pretrained(directory).eval()(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3
+
+
 def test_an_adapter_over_a_family_is_built_like_any_other() -> None:
     model = {"family": "bert", "config": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}}
     adapter = {"rank": 2, "target_modules": ["query"]}
