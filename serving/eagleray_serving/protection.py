@@ -148,26 +148,7 @@ def edge_options(
         UsageError: What was said contradicts itself, or opens the server to a network without keys.
         ServingError: The keys cannot be read.
     """
-    given = environ.get(KEYS_VARIABLE, "")
-    if insecure and keys is not None:
-        raise UsageError("--keys and --insecure-no-keys contradict each other", "leave one of them out")
-    if is_joining and given and keys is None and not insecure:
-        raise UsageError(
-            f"{KEYS_VARIABLE} does not reach the replicas of a cluster that runs already",
-            "name a file that every node sees: --keys PATH",
-        )
-    own_keys: tuple[ApiKey, ...] = ()
-    if keys is None and not insecure:
-        own_keys = keys_of(given)
-        if not own_keys and (home / KEYS_FILE).exists():
-            keys = home / KEYS_FILE
-    if keys is not None:
-        keys = keys.absolute()
-        if not KeyFile(keys).read():
-            raise UsageError(
-                f"{keys} holds no key: nobody could ask anything",
-                "eagleray keys add NAME makes one; --insecure-no-keys asks nobody for one",
-            )
+    keys, own_keys = _chosen_keys(keys, environ.get(KEYS_VARIABLE, ""), home, insecure, is_joining)
     found = EdgeOptions(
         keys,
         own_keys,
@@ -183,6 +164,34 @@ def edge_options(
             "make one: eagleray keys add NAME; or say that everybody may use it: --insecure-no-keys",
         )
     return found
+
+
+def _chosen_keys(
+    keys: Path | None, given: str, home: Path, insecure: bool, is_joining: bool
+) -> tuple[Path | None, tuple[ApiKey, ...]]:
+    """Return the file of the keys, or those of the environment."""
+    if insecure and keys is not None:
+        raise UsageError("--keys and --insecure-no-keys contradict each other", "leave one of them out")
+    if insecure:
+        return None, ()
+    if keys is None and given and is_joining:
+        raise UsageError(
+            f"{KEYS_VARIABLE} does not reach the replicas of a cluster that runs already",
+            "name a file that every node sees: --keys PATH",
+        )
+    if keys is None and (own_keys := keys_of(given)):
+        return None, own_keys
+    if keys is None and (home / KEYS_FILE).exists():
+        keys = home / KEYS_FILE
+    if keys is None:
+        return None, ()
+    keys = keys.absolute()
+    if not KeyFile(keys).read():
+        raise UsageError(
+            f"{keys} holds no key: nobody could ask anything",
+            "eagleray keys add NAME makes one; --insecure-no-keys asks nobody for one",
+        )
+    return keys, ()
 
 
 def is_loopback(host: str) -> bool:

@@ -157,6 +157,20 @@ def test_no_key_is_in_sight(server: Protected) -> None:
     assert os.stat(home / "keys.json").st_mode & 0o077 == 0
 
 
+def test_a_large_request_is_in_the_account_of_the_key_that_asked(server: Protected) -> None:
+    headers = {"authorization": f"Bearer {server.keys['all']}", "x-request-id": "large"}
+    body = {"inputs": [1] * 2000}
+    answer = httpx.post(server.url + "/v1/predict", json=body, headers=headers, verify=server.trust, timeout=60)
+    assert (answer.status_code, len(answer.json()["predictions"])) == (200, 2000)
+
+    def is_told() -> bool:
+        log = Path(server.info["access_log"]).read_text()
+        found = [line for line in map(json.loads, log.splitlines()) if line["id"] == "large"]
+        return [(line["items"], line["key"], line["model"]) for line in found] == [(2000, "all", "own")]
+
+    _until(is_told)
+
+
 def test_the_edge_gathers_what_its_replicas_counted(server: Protected) -> None:
     def both() -> bool:
         response = httpx.get(server.url + "/metrics", auth=("prometheus", server.keys["ops"]), verify=server.trust)

@@ -142,7 +142,8 @@ def test_the_words_of_another_process_mean_the_same(
 
 def test_a_rendered_config_names_the_file_and_no_hash(tmp_path: Path) -> None:
     keys = with_key(tmp_path / "keys.json")
-    plan = ModelPlan("/store", EN_FR, ("text",), ServeConfig(), (), decide(tmp_path, keys=keys).protection(None))
+    protection = decide(tmp_path, keys=keys).protection(None)
+    plan = ModelPlan("/store", EN_FR, ("text",), ServeConfig(), protection=protection)
     rendered = render([plan], "0.0.0.0", 8000)
     assert str(keys) in rendered and KeyFile(keys).read()[0].sha256 not in rendered
     assert ModelPlan.from_args(plan.as_args()) == plan
