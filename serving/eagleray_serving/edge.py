@@ -18,6 +18,7 @@ from eagleray_serving.admission import overloaded
 from eagleray_serving.answering import Asking
 from eagleray_serving.bulk_service import BulkService
 from eagleray_serving.catalog import ModelCard, choose, find
+from eagleray_serving.dialects import Models, dialect_routes
 from eagleray_serving.documents import PAGES, demand_key, docs_page, operation
 from eagleray_serving.gate import Gate
 from eagleray_serving.guarded import GuardedFleet
@@ -116,6 +117,8 @@ class Edge:
         if self._gate.ring.is_asked:
             demand_key(app.openapi())
         self._docs = docs_page(app.openapi())
+        models = Models(self._cards, self._fleet, self._gate, self._max_body_bytes, self._body_timeout_s)
+        app.router.routes.extend(dialect_routes(models))
         return app
 
     def _add_model_route(self, app: FastAPI, path: str, options: Mapping[str, Any]) -> None:

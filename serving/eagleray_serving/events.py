@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 
 from eagleray_serving.answering import Answers, ItemFailure
 from eagleray_serving.schema import WireError
-from eagleray_serving.web import failure_body
+from eagleray_serving.web import as_wire_error
 
 MEDIA_TYPE = "text/event-stream"
 # Proxies that hold an answer back until it is whole are told not to.
@@ -76,7 +76,7 @@ async def event_stream(
         except TimeoutError:
             yield _event(timed_out(timeout_s).body(), "error")
         except Exception as error:
-            yield _event(failure_body(error, what), "error")
+            yield _event(as_wire_error(error, what).body(), "error")
 
     return StreamingResponse(events(), media_type=MEDIA_TYPE, headers=HEADERS)
 

@@ -11,7 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagleray_serving.haproxy_launcher import REQUEST_ID
-from eagleray_serving.schema import MAX_SHOWN_CHARACTERS, WireError, error_body
+from eagleray_serving.schema import MAX_SHOWN_CHARACTERS, WireError
 from eagleray_serving.visits import current_visit
 
 logger = logging.getLogger(__name__)
@@ -74,21 +74,21 @@ def failure(error: Exception, what: str) -> Response:
         error: What was raised.
         what: What failed, for the log.
     """
-    status, headers = (error.status, error.headers()) if isinstance(error, WireError) else (500, {})
-    return JSONResponse(failure_body(error, what), status, headers)
+    wire = as_wire_error(error, what)
+    return JSONResponse(wire.body(), wire.status, wire.headers())
 
 
-def failure_body(error: Exception, what: str) -> dict[str, Any]:
-    """Return the body that a failure stands for; one of our own is logged, and not shown.
+def as_wire_error(error: Exception, what: str) -> WireError:
+    """Return the error that a failure stands for; one of our own is logged, and not shown.
 
     Args:
         error: What was raised.
         what: What failed, for the log.
     """
     if isinstance(error, WireError):
-        return error.body()
+        return error
     logger.error("%s failed", what, exc_info=error)
-    return error_body("internal", "the server failed on this request", "its log has the traceback")
+    return WireError(500, "internal", "the server failed on this request", "its log has the traceback")
 
 
 def request_id(request: Request) -> str:
@@ -103,18 +103,22 @@ def given_or_new_id(headers: Headers) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
-    """Read a body that must be JSON.
+async def read_body(
+    request: Request, max_body_bytes: int, timeout_s: float, *, accepts: Literal["json"] | None = "json"
+) -> bytes:
+    """Read a body.
 
     Args:
         request: The request.
         max_body_bytes: Largest body.
         timeout_s: Seconds in which it must arrive.
+        accepts: What it must say that it is; None: anything.
 
     Raises:
         WireError: 408, 413 or 415.
     """
-    _check_media_type(request.headers)
+    if accepts == "json":
+        _check_media_type(request.headers)
     chunks: list[bytes] = []
     num_bytes = 0
     try:
