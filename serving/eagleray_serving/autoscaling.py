@@ -31,6 +31,8 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         # What a replica holds when it is asked to go may take as long as a request may.
         "graceful_shutdown_timeout_s": serve.request_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
+        # A new configuration's replicas answer before those of the old one go: without it they would go first.
+        "max_surge_percent": 100,
     }
     if num_ranks(serve) > 1:
         options |= _group_options(serve)

@@ -59,19 +59,8 @@ class Control:
         self._token_sha256 = token_sha256
 
     async def run(self) -> None:
-        """Decide for good."""
-        failing: set[str] = set()
-        while True:
-            for name, controller in self._controllers.items():
-                try:
-                    await asyncio.to_thread(controller.step)
-                    failing.discard(name)
-                except Exception:
-                    # What is served stays as it is; the reason is told once.
-                    if name not in failing:
-                        logger.warning("the versions of %s are not looked after", name, exc_info=True)
-                    failing.add(name)
-            await asyncio.sleep(STEP_S)
+        """Decide for good; each model for itself, since a store that does not answer is one model's."""
+        await asyncio.gather(*(_decide(name, controller) for name, controller in self._controllers.items()))
 
     def views(self) -> Mapping[str, Mapping[str, Any]]:
         """Return what is known of each model's versions."""
@@ -135,6 +124,20 @@ class Control:
 
     def _roll_back(self, controller: Controller, body: bytes) -> str:
         return controller.roll_back()
+
+
+async def _decide(name: str, controller: Controller) -> None:
+    failing = False
+    while True:
+        try:
+            await asyncio.to_thread(controller.step)
+            failing = False
+        except Exception:
+            # What is served stays as it is; the reason is told once.
+            if not failing:
+                logger.warning("the versions of %s are not looked after", name, exc_info=True)
+            failing = True
+        await asyncio.sleep(STEP_S)
 
 
 def _status(error: EaglerayError) -> int:

@@ -84,7 +84,7 @@ class Controller:
         """
         with self._lock:
             state = self._known()
-            version = Registry(self._store).open(self._reference(ref)).version
+            version = Registry(self._store).manifest(self._reference(ref)).version
             self._say(rollout.canary(state, version, percent, self._clock()))
             return version
 
@@ -112,9 +112,8 @@ class Controller:
 
     def view(self) -> dict[str, Any]:
         """Return what `/v1/models` shows."""
-        with self._lock:
-            state, reports = self._known(), self._reports
-        return view(state, reports, self._follow, self._complaint)
+        # Without the lock: a store that does not answer must not keep anybody from looking.
+        return view(self._known(), self._reports, self._follow, self._complaint)
 
     def scores(self) -> Mapping[str, float]:
         """Return what the current version scored; nothing where the store does not say."""
@@ -148,7 +147,7 @@ class Controller:
                 log("%s@%s is %s: %s", self._name, event.version, event.what, event.reason)
         was_rolled_back = before.candidate is not None and before.candidate.purpose == "rollback"
         if was_rolled_back and state.current != before.current:
-            self._set_alias("rolled back by eagleray serve rollback")
+            self._set_alias("rolled back by its server")
         self._renew_lease(changed=True)
 
     def _living(self, reports: Sequence[Report]) -> list[Report]:
@@ -191,13 +190,13 @@ class Controller:
             return state
         registry = Registry(self._store)
         try:
-            found = describe(registry.open(self._reference(version)).manifest)
+            found = describe(registry.manifest(self._reference(version)))
         except StoreError as error:
             if type(error) is StoreError:
                 raise  # the store does not answer: look again
             return rollout.refuse(state, error.message, now, version)
         try:
-            current = describe(registry.open(self._reference(state.current)).manifest)
+            current = describe(registry.manifest(self._reference(state.current)))
         except NotFoundError:
             current = None  # deleted while it is served: there is nothing to compare with
         reason = rollout.worse(current, found, self._policy) if current is not None else None

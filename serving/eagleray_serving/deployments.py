@@ -255,4 +255,6 @@ def build_model(args: dict[str, Any]) -> ServeApplication:
 
 def build_edge(args: dict[str, Any]) -> ServeApplication:
     """Build the edge's application from a Serve config (`serve render`)."""
-    return edge_application([ModelPlan.from_args(each) for each in args["models"]])
+    return edge_application(
+        [ModelPlan.from_args(each) for each in args["models"]], token_sha256=args.get("token_sha256")
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from eagleray.errors import CheckpointDamagedError, NotFoundError, StoreError
 from eagleray_serving.board import Board
 from eagleray_serving.rollout import Candidate, Report, Rollout, Stage
+from eagleray_serving.room import NoRoomError
 from eagleray_serving.split import Split
 from eagleray_serving.trial import Recorded, Recorder
 from eagleray_serving.versions import Loaded, Versions
@@ -29,16 +30,17 @@ MAX_REASON_CHARACTERS = 500
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a replica gets at versions; both may block.
+    """How a replica gets at versions; both open, verify and load one, and may block.
+
+    With examples, it is tried on them and compared with what is served.
 
     Attributes:
-        load: Opens, verifies and loads a version; with examples, tries it on them and compares it with what is
-            served.
-        no_room: Says why a version does not fit beside the current one; None: it does.
+        beside: Beside the current version; raises `NoRoomError` where both do not fit.
+        alone: Where no other is.
     """
 
-    load: Callable[[str, Sequence[Recorded] | None], Loaded]
-    no_room: Callable[[str], str | None]
+    beside: Callable[[str, Sequence[Recorded] | None], Loaded]
+    alone: Callable[[str, Sequence[Recorded] | None], Loaded]
 
 
 class Follower:
@@ -154,9 +156,9 @@ class Follower:
 
     async def _take_current(self, state: Rollout) -> None:
         """Load the version that every replica should have by now."""
-        if await asyncio.to_thread(self._loading.no_room, state.current) is None:
-            self._versions.add(await asyncio.to_thread(self._loading.load, state.current, None))
-        else:
+        try:
+            self._versions.add(await asyncio.to_thread(self._loading.beside, state.current, None))
+        except NoRoomError:
             await self._replace(state.current, None)
         self._route(state)
         await self._retire_unwanted(state)
@@ -167,17 +169,16 @@ class Follower:
         if candidate.version in self._versions.loaded:
             self._stage = "ready"
             return
-        reason = await asyncio.to_thread(self._loading.no_room, candidate.version)
-        if reason is not None and candidate.turn != self._replica:
-            self._stage, self._reason = "no_room", reason
-            return
-        self._stage = "loading"
         examples = self._recorder.examples()
         try:
-            if reason is None:
-                self._versions.add(await asyncio.to_thread(self._loading.load, candidate.version, examples))
-            else:
+            if candidate.turn == self._replica:
+                self._stage = "loading"
                 await self._replace(candidate.version, examples)
+            else:
+                self._versions.add(await asyncio.to_thread(self._loading.beside, candidate.version, examples))
+        except NoRoomError as error:
+            self._stage, self._reason = "no_room", str(error)
+            return
         except Exception as error:
             if _may_pass(error):
                 raise
@@ -194,10 +195,10 @@ class Follower:
         for each in self._versions.loaded:
             await self._versions.retire(each)
         try:
-            loaded = await asyncio.to_thread(self._loading.load, version, examples)
+            loaded = await asyncio.to_thread(self._loading.alone, version, examples)
         except Exception:
             if before is not None:
-                self._versions.add(await asyncio.to_thread(self._loading.load, before, None))
+                self._versions.add(await asyncio.to_thread(self._loading.alone, before, None))
                 self._versions.route(Split(before))
             raise
         self._versions.add(loaded)

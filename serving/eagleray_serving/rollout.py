@@ -7,6 +7,7 @@ Each step of the state happens in one place, the server's controller, and every 
     trying --(all replicas hold it and have tried it)---> steady with it, or canary
     canary --(`serve promote`)------------------------------------------> steady with it
     canary --(`serve rollback`, or too many errors)---------------------> steady, refused
+    steady --(too many errors soon after it took over)---------> trying the version before
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Stage = Literal["loading", "ready", "no_room", "refused"]
 NUM_KEPT = 20
 # Seconds after which a version that not every replica could load is given up.
 TRIAL_LIMIT_S = 1800.0
+# Seconds after a version took over in which its errors bring the one before back.
+WATCH_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Rollout:
         window: Number of the period over which requests are counted; a change of versions begins a new one.
         trial: Number of the last attempt.
         since: When the window began, in seconds since the epoch.
+        before: What the previous version did in its last window, while the current one is watched.
         events: The last that happened, oldest first.
     """
 
@@ -92,6 +96,7 @@ class Rollout:
     window: int = 0
     trial: int = 0
     since: float = 0.0
+    before: Figures | None = None
     events: tuple[Event, ...] = ()
 
     @property
@@ -144,8 +149,10 @@ def decide(state: Rollout, reports: Sequence[Report], policy: RolloutConfig, now
         now: Seconds since the epoch.
     """
     candidate = state.candidate
-    if candidate is None or not reports:
+    if not reports:
         return state
+    if candidate is None:
+        return _watch(state, reports, policy, now)
     if candidate.is_tried:
         reason = fault(figures_of(state, reports), state.current, candidate.version, policy)
         return state if reason is None else refuse(state, reason, now)
@@ -154,7 +161,7 @@ def decide(state: Rollout, reports: Sequence[Report], policy: RolloutConfig, now
     if refusals:
         return refuse(state, refusals[0].reason, now)
     if all(stage == "ready" for stage in stages.values()):
-        return _accept(state, candidate, now)
+        return _accept(state, candidate, figures_of(state, reports), now)
     if now - candidate.since > TRIAL_LIMIT_S:
         waiting = [replica for replica, stage in stages.items() if stage != "ready"]
         return refuse(state, f"{len(waiting)} replicas could not load it within {TRIAL_LIMIT_S:.0f} s", now)
@@ -269,10 +276,12 @@ def _stage(report: Report, candidate: Candidate) -> Stage:
     return report.stage if report.trial == candidate.trial else "loading"
 
 
-def _accept(state: Rollout, candidate: Candidate, now: float) -> Rollout:
-    if candidate.purpose != "canary":
-        reason = "rolled back to it" if candidate.purpose == "rollback" else "every replica has tried it"
-        return _take_over(state, candidate, reason, now)
+def _accept(state: Rollout, candidate: Candidate, figures: Mapping[str, Figures], now: float) -> Rollout:
+    if candidate.purpose == "rollback":
+        return _take_over(state, candidate, "rolled back to it", now)
+    if candidate.purpose == "swap":
+        swapped = _take_over(state, candidate, "every replica has tried it", now)
+        return replace(swapped, before=figures.get(state.current, Figures()))
     told = _told(state, "canary", candidate.version, f"{candidate.percent:g} % of the requests", now)
     return replace(told, candidate=replace(candidate, is_tried=True), window=state.window + 1, since=now)
 
@@ -284,9 +293,24 @@ def _take_over(state: Rollout, candidate: Candidate, reason: str, now: float) ->
         current=candidate.version,
         previous=state.current,
         candidate=None,
+        before=None,
         window=state.window + 1,
         since=now,
     )
+
+
+def _watch(state: Rollout, reports: Sequence[Report], policy: RolloutConfig, now: float) -> Rollout:
+    """Go back where the current version fails more than the one before did."""
+    if state.before is None or state.previous is None:
+        return state
+    if now - state.since >= WATCH_S:
+        return replace(state, before=None)
+    figures = {**figures_of(state, reports), state.previous: state.before}
+    reason = fault(figures, state.previous, state.current, policy)
+    if reason is None:
+        return state
+    told = _told(state, "refused", state.current, reason, now)
+    return replace(begin(told, state.previous, "rollback", now), before=None)
 
 
 def _give_turn(state: Rollout, candidate: Candidate, stages: Mapping[str, Stage]) -> Rollout:

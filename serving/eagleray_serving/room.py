@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,6 +19,22 @@ COPIES = 3.0
 # Left to everything else.
 SPARE_BYTES = 256 * 2**20
 CGROUP = Path("/sys/fs/cgroup")
+
+
+class NoRoomError(Exception):
+    """A version does not fit beside the current one; the message says what it needs and what there is."""
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one process of this machine and user load at a time: each sees what the one before it took."""
+    path = Path(tempfile.gettempdir()) / f"eagleray-loading-{os.getuid()}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel lets go of it when its process dies
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def no_room(manifest: Manifest, *, gpu: bool) -> str | None:

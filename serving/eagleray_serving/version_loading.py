@@ -13,7 +13,7 @@ from eagleray_serving.board import Board, Notes
 from eagleray_serving.follower import Follower, Loading
 from eagleray_serving.loading import load
 from eagleray_serving.plan import ModelPlan
-from eagleray_serving.room import no_room
+from eagleray_serving.room import NoRoomError, no_room, one_at_a_time
 from eagleray_serving.split import Split
 from eagleray_serving.trial import Recorded, Recorder, check_same_kind, try_on
 from eagleray_serving.versions import Loaded, Versions
@@ -40,11 +40,11 @@ def hold_versions(
     board, loading, recorder = Board(notes, plan.server, plan.card.name), plan_loading(plan, on_step), Recorder()
     state = board.rollout()
     current = plan.card.version if state is None else state.current
-    versions = Versions(loading.load(current, None), plan.serve.request_timeout_s, recorder)
+    versions = Versions(loading.alone(current, None), plan.serve.request_timeout_s, recorder)
     candidate = None if state is None else state.candidate
     if candidate is not None and candidate.is_tried:
         # A request that is sent again must not meet another version because this replica is new.
-        versions.add(loading.load(candidate.version, None))
+        versions.add(loading.alone(candidate.version, None))
         versions.route(Split(current, candidate.version, candidate.percent))
     return versions, Follower(replica, versions, recorder, board, loading)
 
@@ -53,7 +53,7 @@ def plan_loading(plan: ModelPlan, on_step: OnStep = lambda num_items, num_tokens
     """Return how the versions of a model are loaded."""
     manifests: dict[str, Manifest] = {}
 
-    def load_version(version: str, examples: Sequence[Recorded] | None) -> Loaded:
+    def alone(version: str, examples: Sequence[Recorded] | None) -> Loaded:
         engine = load(plan, f"{plan.card.name}@{version}")
         try:
             check_same_kind(engine, plan.card.verb, plan.columns)
@@ -66,12 +66,16 @@ def plan_loading(plan: ModelPlan, on_step: OnStep = lambda num_items, num_tokens
             raise
         return BatchedEngine(engine, plan.serve, on_step)
 
-    def version_no_room(version: str) -> str | None:
+    def beside(version: str, examples: Sequence[Recorded] | None) -> Loaded:
         if not plan.serve.rollout.load_beside:
-            return "serve.rollout.load_beside is false"
+            raise NoRoomError("serve.rollout.load_beside is false")
         if version not in manifests:
             registry = Registry(ObjectStore.open(plan.store))
-            manifests[version] = registry.open(f"{plan.card.name}@{version}").manifest
-        return no_room(manifests[version], gpu=plan.serve.ray_actor_options.num_gpus > 0)
+            manifests[version] = registry.manifest(f"{plan.card.name}@{version}")
+        with one_at_a_time():
+            reason = no_room(manifests[version], gpu=plan.serve.ray_actor_options.num_gpus > 0)
+            if reason is not None:
+                raise NoRoomError(reason)
+            return alone(version, examples)
 
-    return Loading(load_version, version_no_room)
+    return Loading(beside, alone)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from eagleray.errors import CheckpointDamagedError, NotFoundError
-from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.manifest import manifest_key
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry, VersionInfo, best_version, describe
-from eagleray.store.versions import found_versions
+from eagleray.store.versions import found_versions, read_manifest
 
 
 class Watch:
@@ -53,6 +52,6 @@ class Watch:
 
     def _describe(self, version: str) -> VersionInfo | None:
         try:
-            return describe(Checkpoint.open(self._store, self._name, version).manifest)
+            return describe(read_manifest(self._store, self._name, version))
         except (NotFoundError, CheckpointDamagedError):
             return None  # not committed yet, or never to be served

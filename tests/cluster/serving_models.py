@@ -57,8 +57,13 @@ def echo(name: str, sleep_s: float = 0.0, **serve: Any) -> dict[str, Any]:
     }
 
 
-def commit(file: Mapping[str, Any], store_dir: Path, step: int = 10) -> str:
-    """Commit a model with random weights; returns its reference."""
+def factor(name: str, **serve: Any) -> dict[str, Any]:
+    """A file of a user's own task whose one weight is the factor of its answers."""
+    return {**echo(name, **serve), "task": "factor_task:FactorTask", "model": {"factory": "echo_task:build"}}
+
+
+def commit(file: Mapping[str, Any], store_dir: Path, step: int = 10, *, weight: float | None = None) -> str:
+    """Commit a model with random weights, or with one that is given; returns its reference."""
     config = RunConfig.model_validate({**file, "train": {"max_steps": step}})
     add_code(config.code)
     task = load_task(config)
@@ -70,6 +75,8 @@ def commit(file: Mapping[str, Any], store_dir: Path, step: int = 10) -> str:
     run = RunHandle(store, config.name, run=1, epoch=1, attempt="a")
     saver = CheckpointSaver(store, run, layout=Layout(1, 1, 1, 1), config=config)
     named = dict(model.named_parameters())
+    if weight is not None:
+        named["weight"].data.fill_(weight)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     tensors = {f"model.{name}": tensor.detach() for name, tensor in {**named, **buffers}.items()}
     files = model_files(model, config, processor)

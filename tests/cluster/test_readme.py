@@ -39,7 +39,7 @@ def test_the_tour_runs_as_it_is_printed(tmp_path: Path, ray_environment: dict[st
         )
     said = log.read_text()
     assert done.returncode == 0, said[-4000:]
-    assert len(tour()) == 6
+    assert len(tour()) == 7
     assert "tour@r1-step-00000200 is whole" in said
     answers = [line.split("\t") for line in (tmp_path / "answers.txt").read_text().splitlines()]
     assert answers == [["fr"], ["de"]]

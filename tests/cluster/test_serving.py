@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving_models import Command, commit, echo, family, translation, wait_gone, wait_until, write_file
+
+from eagleray_serving.commanding import Commander
+from eagleray_serving.home import Home
+from eagleray_serving.split import Split
 
 SLEEP_S = 0.02
 POST = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -237,6 +241,38 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(server: Running) -
             each.result(60)
     assert set(statuses) == {200}, {status: statuses.count(status) for status in set(statuses)}
     assert wait_until(server.url + "/readyz").status_code == 200
+
+
+def test_a_canary_answers_the_requests_of_its_ids_and_goes_back(server: Running, models: Path) -> None:
+    commit(echo("own", SLEEP_S), models / "store", step=20)
+    home = Home(server.command.home)
+    (record,) = home.records()
+    commander, ids = Commander(home, record), [f"request-{number}" for number in range(30)]
+    canary = commander.canary("own", "@latest", 50)
+    commander.wait("own", canary, lambda shown: shown["canary"] is not None, 60)
+    split = Split("r1-step-00000010", canary, 50)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+
+        def versions() -> list[str]:
+            answers = [
+                client.post("/v1/predict", json={"inputs": [1]}, headers={"x-request-id": id}) for id in ids
+            ]
+            return [answer.json()["version"] for answer in answers]
+
+        assert versions() == versions() == [split.choose(id) for id in ids]
+        commander.roll_back("own")
+        commander.wait("own", split.current, lambda shown: shown["canary"] is None, 60)
+        assert wait_for(lambda: set(versions()) == {split.current})
+    assert commander.rollouts()["own"]["refused"]["reason"] == "rolled back"
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_a_port_in_use_is_said_in_seconds_and_starts_nothing(server: Running, models: Path) -> None:

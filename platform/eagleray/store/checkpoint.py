@@ -22,12 +22,11 @@ from eagleray.store.manifest import (
     STATE_FILE,
     FileEntry,
     Manifest,
-    manifest_key,
-    parse_manifest,
     version_dir,
 )
 from eagleray.store.objects import ObjectStore
 from eagleray.store.safetensors import dtype_of
+from eagleray.store.versions import read_manifest
 
 _READ_BYTES = 16 * 1024 * 1024
 _HINT = "Use another version, or restore the file."
@@ -82,17 +81,7 @@ class Checkpoint:
             NotFoundError: It was never committed, or was deleted.
             CheckpointDamagedError: Its manifest was changed.
         """
-        key = manifest_key(name, version)
-        try:
-            data = store.get(key)
-        except NotFoundError:
-            raise NotFoundError(f"there is no version {version} of {name} in the store {store.location}") from None
-        manifest = parse_manifest(data, key)
-        if (manifest.name, manifest.version) != (name, version):
-            raise CheckpointDamagedError(
-                f"{key} is the manifest of {manifest.name}@{manifest.version}", hint=_HINT
-            )
-        return cls(store, manifest)
+        return cls(store, read_manifest(store, name, version))
 
     @property
     def version(self) -> str:

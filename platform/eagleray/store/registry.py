@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from eagleray.errors import CheckpointDamagedError, EaglerayError, NotFoundError, UsageError
 from eagleray.store.aliases import (
@@ -16,13 +17,15 @@ from eagleray.store.aliases import (
     read_history,
     validate_alias,
 )
-from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.leases import leased_versions
 from eagleray.store.manifest import Manifest, manifest_key, version_name
 from eagleray.store.objects import ObjectStore
 from eagleray.store.records import write_record
 from eagleray.store.uri import validate_name
-from eagleray.store.versions import found_versions, latest_version, parse_version
+from eagleray.store.versions import found_versions, latest_version, parse_version, read_manifest
+
+if TYPE_CHECKING:
+    from eagleray.store.checkpoint import Checkpoint
 
 _STEP = re.compile(r"step-(\d{1,12})")
 
@@ -81,15 +84,28 @@ class Registry:
             NotFoundError: It stands for nothing.
             CheckpointDamagedError: The manifest was changed, or is not the one that the alias was set to.
         """
+        # Not at the top: whoever only looks at references and manifests does without torch.
+        from eagleray.store.checkpoint import Checkpoint
+
+        return Checkpoint(self.store, self.manifest(ref))
+
+    def manifest(self, ref: str) -> Manifest:
+        """Read the manifest of what a reference stands for.
+
+        Raises:
+            UsageError: It is no reference.
+            NotFoundError: It stands for nothing.
+            CheckpointDamagedError: The manifest was changed, or is not the one that the alias was set to.
+        """
         name, version, alias = self._resolve(ref)
-        checkpoint = Checkpoint.open(self.store, name, version)
-        if alias is not None and checkpoint.manifest.sha256 != alias.manifest_sha256:
+        manifest = read_manifest(self.store, name, version)
+        if alias is not None and manifest.sha256 != alias.manifest_sha256:
             raise CheckpointDamagedError(
                 f"{manifest_key(name, version)} is not the manifest that {ref} was set to on {alias.created}: its "
-                f"hash is {checkpoint.manifest.sha256}, not {alias.manifest_sha256}",
+                f"hash is {manifest.sha256}, not {alias.manifest_sha256}",
                 hint="Check who changed it; set the alias again to accept it.",
             )
-        return checkpoint
+        return manifest
 
     def resolve(self, ref: str) -> str:
         """The full form of a reference: `en-fr@r2-step-00001200`.
@@ -123,16 +139,16 @@ class Registry:
             NotFoundError: The reference stands for nothing.
         """
         validate_alias(alias)
-        checkpoint = self.open(ref if "@" in ref else f"{name}@{ref}")
-        if checkpoint.manifest.name != name:
+        manifest = self.manifest(ref if "@" in ref else f"{name}@{ref}")
+        if manifest.name != name:
             raise UsageError(f"{ref} is not a version of {name}")
         before = read_alias(self.store, name, alias)
-        record = append_alias(self.store, name, alias, checkpoint.version, checkpoint.manifest.sha256, note)
+        record = append_alias(self.store, name, alias, manifest.version, manifest.sha256, note)
         # Retention may have deleted the version between the look and the record; from here on it sees the alias.
-        if not self.store.exists(manifest_key(name, checkpoint.version)):
+        if not self.store.exists(manifest_key(name, manifest.version)):
             version, sha256 = (before.version, before.manifest_sha256) if before else (None, None)
-            append_alias(self.store, name, alias, version, sha256, f"{checkpoint.version} was deleted meanwhile")
-            raise self._not_found(name, f"version {checkpoint.version}")
+            append_alias(self.store, name, alias, version, sha256, f"{manifest.version} was deleted meanwhile")
+            raise self._not_found(name, f"version {manifest.version}")
         return record
 
     def remove_alias(self, name: str, alias: str, note: str = "") -> None:
@@ -260,7 +276,7 @@ class Registry:
         run, step = parse_version(version) or (0, 0)
         named = tuple(alias for alias, record in aliases.items() if record.version == version)
         try:
-            return describe(Checkpoint.open(self.store, name, version).manifest, named)
+            return describe(read_manifest(self.store, name, version), named)
         except NotFoundError:
             return None
         except CheckpointDamagedError as error:

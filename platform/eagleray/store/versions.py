@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from eagleray.store.manifest import manifest_key, version_name
+from eagleray.errors import CheckpointDamagedError, NotFoundError
+from eagleray.store.manifest import Manifest, manifest_key, parse_manifest, version_name
 from eagleray.store.objects import ObjectStore
 
 VERSION = re.compile(r"r([1-9]\d*)-step-(\d{8,})")
@@ -32,3 +33,24 @@ def latest_version(store: ObjectStore, name: str, run: int | None = None) -> str
         if is_wanted and store.exists(manifest_key(name, version)):
             return version
     return None
+
+
+def read_manifest(store: ObjectStore, name: str, version: str) -> Manifest:
+    """Read what a version consists of.
+
+    Raises:
+        NotFoundError: It was never committed, or was deleted.
+        CheckpointDamagedError: Its manifest was changed.
+    """
+    key = manifest_key(name, version)
+    try:
+        data = store.get(key)
+    except NotFoundError:
+        raise NotFoundError(f"there is no version {version} of {name} in the store {store.location}") from None
+    manifest = parse_manifest(data, key)
+    if (manifest.name, manifest.version) != (name, version):
+        raise CheckpointDamagedError(
+            f"{key} is the manifest of {manifest.name}@{manifest.version}",
+            hint="Use another version, or restore the file.",
+        )
+    return manifest

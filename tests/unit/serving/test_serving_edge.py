@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,11 @@ def edge(*cards: ModelCard, states: dict[str, str] | None = None) -> FastAPI:
     fleet = FakeFleet({card.name: service(card) for card in cards}, states)
     bulk = {card.name: bulk_service(card) for card in cards}
     return Edge(cards, fleet, max_body_bytes=1000, body_timeout_s=1, bulk=bulk).application()
+
+
+def test_the_edge_is_light() -> None:
+    code = "import sys, eagleray_serving.deployments; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_only_model_of_a_verb_stands_at_the_bare_route() -> None:

@@ -118,6 +118,30 @@ def test_a_canary_is_taken_back_when_it_fails_more_than_the_current_version(
         assert found.refused is not None and f"{v2[1]} of {v2[0]} requests failed" in found.refused.reason
 
 
+@pytest.mark.parametrize(
+    "before, after, late_s, is_undone",
+    [
+        (Figures(900, 0), Figures(100, 50), 1, True),
+        (Figures(900, 450), Figures(100, 50), 1, False),
+        (Figures(900, 0), Figures(100, 50), rollout.WATCH_S, False),
+    ],
+)
+def test_a_version_that_fails_soon_after_it_took_over_is_taken_back(
+    before: Figures, after: Figures, late_s: float, is_undone: bool
+) -> None:
+    trying = rollout.begin(START, "v2", "swap", 0)
+    state = decide(trying, [report("a", "ready", figures={"v1": before})], POLICY, 1)
+    now = [report("a", "ready", window=state.window, figures={"v2": after})]
+    found = decide(state, now, POLICY, 1 + late_s)
+    if not is_undone:
+        assert (found.current, found.candidate) == ("v2", None)
+        return
+    assert found.candidate is not None and found.refused is not None
+    assert (found.candidate.version, found.candidate.purpose, found.refused.version) == ("v1", "rollback", "v2")
+    back = decide(found, [report("a", "ready", trial=found.trial)], POLICY, 3)
+    assert (back.current, back.candidate, back.before) == ("v1", None, None)
+
+
 def test_figures_of_another_window_are_not_counted() -> None:
     state = begun_canary()
     stale = [replace(each, window=state.window - 1) for each in counted(state, (0, 0), (50, 50))]

@@ -23,6 +23,7 @@ from eagleray_serving.controller import Controller
 from eagleray_serving.follower import Follower, Loading
 from eagleray_serving.plan import ModelPlan
 from eagleray_serving.rollout import Rollout
+from eagleray_serving.room import NoRoomError
 from eagleray_serving.split import Split
 from eagleray_serving.trial import Recorded, Recorder
 from eagleray_serving.versions import Loaded, Versions
@@ -109,8 +110,13 @@ class Replica:
         board = Board(site.notes, site.plan.server, NAME)
         state = board.rollout()
         self.versions = Versions(FakeLoaded(site.plan.card.version if state is None else state.current))
-        loading = Loading(self._load, lambda version: self.room)
+        loading = Loading(self._beside, self._load)
         self.follower = Follower(name, self.versions, Recorder(), board, loading)
+
+    def _beside(self, version: str, examples: Sequence[Recorded] | None) -> Loaded:
+        if self.room is not None:
+            raise NoRoomError(self.room)
+        return self._load(version, examples)
 
     def _load(self, version: str, examples: Sequence[Recorded] | None) -> Loaded:
         self.loads.append((version, examples is not None))
