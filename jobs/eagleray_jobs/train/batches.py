@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagleray.parallel import DataCoordinate
+from eagleray.scheduling import give_way
 from eagleray.tasks.base import Batch, Features, Processor, Task
 from eagleray_jobs.data.cursor import Cursor, slice_rows
 
@@ -114,19 +115,37 @@ def split_evenly(indices: NDArray[np.int64], num_parts: int) -> list[NDArray[np.
     return np.array_split(indices, num_parts)
 
 
-def prefetch(
-    batches: Batches, first_step: int, last_step: int, *, timeout_s: float
-) -> Generator[StepBatch, None, None]:
-    """Yield the batches of steps `first_step` to `last_step`, collating the next one in a thread meanwhile.
+class Prefetch:
+    """Collates the batch of the next step in a thread while the model is busy with this one's.
 
-    Closing the iterator ends the thread.
-
-    Raises:
-        TimeoutError: A batch was not ready after `timeout_s` seconds.
+    Args:
+        batches: Of this rank.
+        last_step: No step is collated after this one.
+        timeout_s: Seconds after which a batch that is not ready is an error.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        ahead: Future[StepBatch] | None = None
-        for step in range(first_step, last_step + 1):
-            current = ahead if ahead is not None else pool.submit(batches.load, step)
-            ahead = pool.submit(batches.load, step + 1) if step < last_step else None
-            yield current.result(timeout_s)
+
+    def __init__(self, batches: Batches, last_step: int, *, timeout_s: float) -> None:
+        self._batches, self._last_step, self._timeout_s = batches, last_step, timeout_s
+        # The thread must not interrupt the one that computes, in this process or in another one.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=give_way)
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
+
+    def begin(self, step: int) -> None:
+        """Begin to collate a step; nothing to do after the last one."""
+        if step <= self._last_step and (self._ahead is None or self._ahead[0] != step):
+            self._ahead = step, self._pool.submit(self._batches.load, step)
+
+    def take(self, step: int) -> StepBatch:
+        """Return the batch of a step, which need not have been begun.
+
+        Raises:
+            TimeoutError: It was not ready in time.
+        """
+        self.begin(step)
+        assert self._ahead is not None, f"there is no step {step}"
+        (_, future), self._ahead = self._ahead, None
+        return future.result(self._timeout_s)
+
+    def close(self) -> None:
+        """End the thread, after the batch that it is at."""
+        self._pool.shutdown()

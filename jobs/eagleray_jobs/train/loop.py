@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from eagleray.parallel import (
 )
 from eagleray.store.runs import run_dir
 from eagleray_jobs.data.cursor import Cursor
-from eagleray_jobs.train.batches import Batches, StepBatch, prefetch
+from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch
 from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
 from eagleray_jobs.train.lookout import Lookout, watched
@@ -88,6 +87,7 @@ class _Loop:
         )
         self.state = TrainState(module, optimizer, self.step.scaler, spec.config.model.adapter)
         self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
+        self.prefetch = Prefetch(self.batches, spec.max_steps, timeout_s=config.ddp_timeout)
         self.goal = Goal.of(config, parts.task.best_metric)
         # In a pipeline every rank has the whole model while it is evaluated, and answers rows of its own.
         answers = coordinate if self.pipeline is None else _every_rank(self.exchange)
@@ -103,12 +103,12 @@ class _Loop:
         progress = self.restore()
         outcome = outcome_at_start(self.config, progress, self.max_steps)
         self.choose_profile(progress.step)
-        with closing(self.steps_after(progress.step)) as batches:
+        with closing(self.prefetch):
             while outcome is None:
                 self.lookout.doing(f"step {progress.step + 1}")
                 self.profile.begin(progress.step + 1)
                 with self.timeline.span("data"):
-                    batch = next(batches)
+                    batch = self.prefetch.take(progress.step + 1)
                 rate = learning_rate(self.config, batch.step, self.max_steps)
                 result = self.take_step(batch, rate)
                 progress = progress.after_step(batch.num_examples)
@@ -140,13 +140,11 @@ class _Loop:
         if given is not None or self.spec.profile is not None:
             self.profile.choose(profiled_steps(given, step, self.max_steps))
 
-    def steps_after(self, step: int) -> Generator[StepBatch, None, None]:
-        return prefetch(self.batches, step + 1, self.max_steps, timeout_s=self.config.ddp_timeout)
-
     def take_step(self, batch: StepBatch, rate: float) -> StepResult:
         stop, saving = self.control.stop_requested(), self.saves.in_flight()
+        collate_next = partial(self.prefetch.begin, batch.step + 1)
         try:
-            result = self.step.run(batch, rate, stop=stop, saving=saving)
+            result = self.step.run(batch, rate, stop=stop, saving=saving, meanwhile=collate_next)
         except NonFiniteLossError as error:
             raise self.with_last_good(error) from error
         self.saves.settle(any_in_flight=result.totals.saving)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,7 @@ class TrainStep:
         self._coordinate = coordinate
         self._probe = probe
         self._timeline = timeline or Timeline()
+        self._seed_torch = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._passes: Passes
         self._counted, self._stages = self._parameters, None
@@ -91,7 +92,15 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
         self._checked_gradients = False
 
-    def run(self, batch: StepBatch, learning_rate: float, *, stop: bool, saving: bool) -> StepResult:
+    def run(
+        self,
+        batch: StepBatch,
+        learning_rate: float,
+        *,
+        stop: bool,
+        saving: bool,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Take one step.
 
         Args:
@@ -99,13 +108,14 @@ class TrainStep:
             learning_rate: Of this step.
             stop: Whether this rank was asked to stop; comes back summed over all ranks.
             saving: Whether this rank still writes a checkpoint; likewise.
+            meanwhile: Called before the last backward pass, which leaves Python to others.
 
         Raises:
             NonFiniteLossError: Any rank's loss is NaN or infinite; raised on all of them, before the update.
         """
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        totals = self._forward_backward(batch, stop, saving)
+        totals = self._forward_backward(batch, stop, saving, meanwhile)
         if not math.isfinite(totals.loss):
             self._raise_non_finite(batch.step)
         self._check_gradients()
@@ -125,10 +135,17 @@ class TrainStep:
         """Free the gradients of the last step, which nothing reads any more, for what needs memory besides."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(self, batch: StepBatch, stop: bool, saving: bool) -> Totals:
+    def _forward_backward(
+        self, batch: StepBatch, stop: bool, saving: bool, meanwhile: Callable[[], None]
+    ) -> Totals:
         """Accumulate gradients; the totals travel while the last backward pass runs."""
         sent: list[Pending] = []
-        self._passes.run(batch, self._scale_loss, lambda losses: sent.append(self._send(losses, stop, saving)))
+
+        def known(losses: Sequence[Loss]) -> None:
+            meanwhile()
+            sent.append(self._send(losses, stop, saving))
+
+        self._passes.run(batch, self._scale_loss, known)
         with self._timeline.span("exchange"):
             return sent[0].wait()
 
@@ -136,7 +153,7 @@ class TrainStep:
         return self.scaler.scale(total / self._normalizer)
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        seed_step(self._config.seed, step, micro_batch, self._coordinate.rank)
+        seed_step(self._config.seed, step, micro_batch, self._coordinate.rank, self._seed_torch)
 
     def _send(self, losses: Sequence[Loss], stop: bool, saving: bool) -> Pending:
         # One copy to the host for both, in float64: counts stay exact.
@@ -198,11 +215,21 @@ def check_precision(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def seed_step(seed: int, step: int, micro_batch: int, data_rank: int) -> None:
-    """Seed torch, NumPy and `random` from these numbers alone, so that a resumed run draws the same dropout."""
+def seed_step(
+    seed: int,
+    step: int,
+    micro_batch: int,
+    data_rank: int,
+    seed_torch: Callable[[int], object] = torch.manual_seed,
+) -> None:
+    """Seed torch, NumPy and `random` from these numbers alone, so that a resumed run draws the same dropout.
+
+    Where only the CPU computes, `seed_torch` can be its generator's: `torch.manual_seed` asks every kind of device
+    that there might be, half a millisecond long.
+    """
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_batch, data_rank), digest_size=8).digest()
     value = int.from_bytes(digest, "little") >> 1
-    torch.manual_seed(value)
+    seed_torch(value)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from eagleray.parallel import DataCoordinate
 from eagleray.tasks.base import Batch, Features, Processor, Task
 from eagleray_jobs.data.cursor import Cursor
-from eagleray_jobs.train.batches import Batches, StepBatch, num_micro_batches, prefetch
+from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch, num_micro_batches
 
 
 class Rows:
@@ -87,22 +88,36 @@ def test_accumulation_is_what_the_largest_slice_needs() -> None:
 
 def test_the_next_batch_is_collated_ahead_and_none_beyond_the_last_step() -> None:
     task = Collating()
-    steps = prefetch(batches(0, 1, 10, task=task), 3, 5, timeout_s=10)
+    with closing(Prefetch(batches(0, 1, 10, task=task), 5, timeout_s=10)) as prefetch:
+        steps = [_take_and_begin(prefetch, step) for step in (3, 4, 5)]
     assert [step.step for step in steps] == [3, 4, 5]
     assert task.num_calls == 3
 
 
+def test_a_step_that_was_not_begun_is_collated_all_the_same() -> None:
+    with closing(Prefetch(batches(0, 1, 10), 5, timeout_s=10)) as prefetch:
+        prefetch.begin(4)
+        assert [prefetch.take(step).step for step in (4, 5)] == [4, 5]
+
+
+def _take_and_begin(prefetch: Prefetch, step: int) -> StepBatch:
+    batch = prefetch.take(step)
+    for _ in range(2):  # said twice it is begun once
+        prefetch.begin(step + 1)
+    return batch
+
+
 def test_an_error_of_collation_reaches_the_loop_with_its_step() -> None:
-    steps = prefetch(batches(0, 1, 10, task=Collating(fails_at=2)), 1, 5, timeout_s=10)
-    assert next(steps).step == 1
-    with pytest.raises(ValueError, match="cannot collate"):
-        next(steps)
+    with closing(Prefetch(batches(0, 1, 10, task=Collating(fails_at=2)), 5, timeout_s=10)) as prefetch:
+        assert _take_and_begin(prefetch, 1).step == 1
+        with pytest.raises(ValueError, match="cannot collate"):
+            prefetch.take(2)
 
 
 def test_closing_early_ends_the_thread() -> None:
     import threading
 
-    steps = prefetch(batches(0, 1, 10), 1, 1000, timeout_s=10)
-    next(steps)
-    steps.close()
+    prefetch = Prefetch(batches(0, 1, 10), 1000, timeout_s=10)
+    _take_and_begin(prefetch, 1)
+    prefetch.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
