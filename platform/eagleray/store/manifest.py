@@ -122,7 +122,7 @@ class Manifest(_Record):
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON of everything else."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        return _sha256_of(self.model_dump(mode="json"))
 
     def created_at(self) -> datetime:
         """When it was committed."""
@@ -130,7 +130,12 @@ class Manifest(_Record):
 
     def to_bytes(self) -> bytes:
         """The manifest as it is stored, its hash included."""
-        return canonical_json({**self.model_dump(mode="json"), "sha256": self.sha256})
+        record = self.model_dump(mode="json")
+        return canonical_json({**record, "sha256": _sha256_of(record)})
+
+
+def _sha256_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(record)).hexdigest()
 
 
 def version_name(run: int, step: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import AlreadyExistsError, EaglerayError, FencedError, PeersLostError, StoreError
+from eagleray.scheduling import give_way
 from eagleray.store.dcp import HostShard, StoreWriter, save_together
 from eagleray.store.manifest import (
     CONFIG_FILE,
@@ -261,6 +264,7 @@ class _SaveJob:
         return replace(self.result, ref=None, error=f"the store did not answer within {after_s:.0f} s")
 
     def _work(self) -> None:
+        give_way()
         try:
             if not self._peers.together(lambda: None, self._already_committed):
                 self._save()
@@ -325,13 +329,17 @@ class _SaveJob:
 
 def environment_versions() -> dict[str, str]:
     """The versions of everything that computes a checkpoint."""
-    found = {"python": python_version()}
+    return dict(_find_versions())
+
+
+@functools.cache
+def _find_versions() -> tuple[tuple[str, str], ...]:
+    """Read them once in a process: packages are slow to be asked."""
+    found = [("python", python_version())]
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            found.append((package, version(package)))
+    return tuple(found)
 
 
 def _copy_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, HostShard]:
