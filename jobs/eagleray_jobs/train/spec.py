@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.errors import ConfigError
 from eagleray.store.runs import RunHandle
-from eagleray.store.saver import SaveResult
+
+if TYPE_CHECKING:  # it brings torch, which the board's process does without
+    from eagleray.store.saver import SaveResult
 
 Outcome = Literal["finished", "stopped", "stopped_at_step", "early_stopped"]
 """Why the loop ended: all steps done, a stop was asked for, `train.stop_at_step`, no more improvement."""
