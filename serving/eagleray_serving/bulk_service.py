@@ -83,7 +83,7 @@ class BulkService:
             self._check_size(body)
             if not lines:
                 return await self._service.respond(body, asking)
-            asked = self._service.read(body)
+            asked = await self._service.take(body)
             if is_large(asked.items, self._limits.bulk):
                 asking = replace(asking, lane="bulk")
             return await self._in_lines(self._bulk(asked.items, asked.options, asking), asking)

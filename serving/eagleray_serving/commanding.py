@@ -63,8 +63,16 @@ class Commander:
         Raises:
             ServingError: It does not answer.
         """
-        models = self._call("GET", "/v1/models")["models"]
-        return {model["name"]: model["rollout"] for model in models if "rollout" in model}
+        return {model["name"]: model["rollout"] for model in self.models() if "rollout" in model}
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return what the server says of its models: state, replicas, versions.
+
+        Raises:
+            ServingError: It does not answer.
+        """
+        models: list[dict[str, Any]] = self._call("GET", "/v1/models")["models"]
+        return models
 
     def canary(self, name: str, ref: str, percent: float) -> str:
         """Begin a canary; returns its version."""
@@ -129,11 +137,11 @@ class Commander:
         return answer
 
 
-def rollouts(home: Home, record: ServerRecord) -> dict[str, dict[str, Any]]:
-    """Return what a server says of the versions of its models; nothing where it does not answer."""
+def models(home: Home, record: ServerRecord) -> list[dict[str, Any]]:
+    """Return what a server says of its models; nothing where it does not answer."""
     if record.state != "ready":
-        return {}
+        return []
     try:
-        return Commander(home, record).rollouts()
+        return Commander(home, record).models()
     except ServingError:
-        return {}
+        return []

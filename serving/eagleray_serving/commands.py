@@ -127,31 +127,30 @@ def up(
 def status(json: JsonOption = False, verbose: VerboseOption = False) -> None:
     """Show the servers that were started here."""
     with reporting(json=json, verbose=verbose) as out:
-        from eagleray_serving.commanding import rollouts
+        from eagleray_serving.commanding import models
         from eagleray_serving.home import Home
-        from eagleray_serving.live import running
+        from eagleray_serving.live import pick, with_replicas
         from eagleray_serving.views import summary
 
         home = Home.default()
         records = home.records()
-        live = {each.id: running(each, home.token(each.id)) for each in records}
+        found = {each.id: models(home, each) for each in records}
         rows = [
             (
                 each.id,
                 each.state,
                 each.url,
                 each.pid or each.address,
-                " ".join(live[each.id].describe(each.models)),
+                " ".join(with_replicas(each.models, found[each.id])),
             )
             for each in records
         ]
         text = table(("id", "state", "url", "process", "models (replicas)"), rows) if rows else "no server runs"
-        found = {each.id: rollouts(home, each) for each in records}
-        lines = [
-            f"{id}  {name}: {summary(shown)}" for id, models in found.items() for name, shown in models.items()
-        ]
+        told = {id: {key: pick(shown, key) for key in ("rollout", "replicas")} for id, shown in found.items()}
+        lines = [f"{id}  {name}: {summary(shown)}" for id in told for name, shown in told[id]["rollout"].items()]
         servers = [
-            {**each.as_json(), "rollouts": found[each.id], "replicas": live[each.id].replicas} for each in records
+            {**each.as_json(), "rollouts": told[each.id]["rollout"], "replicas": told[each.id]["replicas"]}
+            for each in records
         ]
         out.result({"servers": servers}, "\n".join([text, *lines]))
 

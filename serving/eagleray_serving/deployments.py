@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,12 @@ class ServeFleet:
         return self._states
 
     async def count_replicas(self, name: str) -> int:
-        """Return how many replicas of a model run; read again after a second."""
-        return int((await self.replicas()).get(name, {}).get("running", 0))
+        """Return how many replicas of a model run; the last count, where Serve's controller does not answer."""
+        from ray.exceptions import RayError
+
+        with suppress(RayError):  # it is started again; replicas answer meanwhile
+            await self._refresh()
+        return int(self._replicas.get(name, {}).get("running", 0))
 
     async def replicas(self) -> Mapping[str, Mapping[str, Any]]:
         """Return how many replicas of each model run, and what autoscaling last saw and wanted."""

@@ -111,6 +111,16 @@ class ModelService:
         self._check_target(request)
         return Asked(request, self._items(request), _options(request))
 
+    async def take(self, body: bytes) -> Asked:
+        """Check a body without holding others up.
+
+        Raises:
+            WireError: It is no request to this model.
+        """
+        # Images are looked at off the event loop: a thousand headers hold everybody up.
+        is_slow = self.card.inputs == "images"
+        return await asyncio.to_thread(self.read, body) if is_slow else self.read(body)
+
     async def _respond(self, body: bytes, asking: Asking, hand_over: HandOver | None) -> Response:
         try:
             return await self._handle(body, asking, hand_over)
@@ -130,9 +140,7 @@ class ModelService:
         return await self._respond(body, asking, self._hand_over)
 
     async def _handle(self, body: bytes, asking: Asking, hand_over: HandOver | None) -> Response:
-        # Images are looked at off the event loop: a thousand headers hold everybody up.
-        is_slow = self.card.inputs == "images"
-        asked = await asyncio.to_thread(self.read, body) if is_slow else self.read(body)
+        asked = await self.take(body)
         if is_large(asked.items, self._limits.bulk):
             if hand_over is not None:
                 return await hand_over(body, asking, False)

@@ -13,7 +13,7 @@ from eagleray.config.serving import ServeConfig
 from eagleray_serving import scaling
 from eagleray_serving.admission import HeldBack
 from eagleray_serving.autoscaling import LOOK_BACK_S, METRICS_INTERVAL_S, POLICY, deployment_options
-from eagleray_serving.live import Live
+from eagleray_serving.live import pick, with_replicas
 from eagleray_serving.scaling import KEY_PREFIX, METRIC, Load, TokenPolicy, wanted_replicas
 
 TARGET = 1000
@@ -214,5 +214,7 @@ def test_what_a_sender_holds_back_counts_until_it_is_sent_or_its_sender_is_silen
 
 
 def test_the_status_of_a_server_names_its_replicas() -> None:
-    assert Live(None).describe(["m@v"]) == ["m@v"]
-    assert Live({"m": {"running": 2}, "n": None}).describe(["m@v", "n@w"]) == ["m@v (2)", "n@w (0)"]
+    models = [{"name": "m", "replicas": {"running": 2}}, {"name": "n", "replicas": None}]
+    assert with_replicas(["m@v", "n@w"], models) == ["m@v (2)", "n@w"]
+    assert with_replicas(["m@v"], []) == ["m@v"]
+    assert pick(models, "replicas") == {"m": {"running": 2}}
