@@ -159,6 +159,6 @@ def test_a_model_that_draws_random_numbers_and_a_layout_that_is_none_are_wrong_c
     code, _, err = eagleray(capfd, write_file(tmp_path, wrong="random"), "--layouts", "ddp2")
     assert code == 2 and "the model draws random numbers in training" in err
     code, _, err = eagleray(capfd, write_file(tmp_path), "--layouts", "ddp2,tp5")
-    assert code == 2 and "parallel.tensor_parallel_degree 5 does not divide inner width 24" in err
+    assert code == 2 and "parallel.tensor_parallel_degree 5 does not divide inner 24" in err
     code, _, err = eagleray(capfd, write_file(tmp_path), "--layouts", "dpp2")
     assert code == 2 and "'dpp2' is no layout" in err
