@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,11 @@ def test_every_entry_point_of_the_command_line_can_be_loaded() -> None:
     assert {verb.name for verb in verbs} == {"platform", "jobs", "serving"}
     for verb in verbs:
         assert callable(verb.load())
+
+
+def test_every_module_of_the_tests_has_a_name_of_its_own() -> None:
+    # pytest imports them by their bare names: of two with one name, the second ends the whole collection.
+    names = Counter(
+        path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem not in ("conftest", "__init__")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
