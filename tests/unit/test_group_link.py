@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eagleray.engine.group.link import CommandFailedError, Link, is_in_step
-from eagleray.engine.group.wire import Close, Compare, Done, Ended, Failed, Ping, Pong, Run
+from eagleray.engine.group.wire import Close, Compare, Done, Ended, Failed, Ping, Pong, Run, receive, send
 from eagleray.errors import RanksLostError
 
 Reply = Callable[[Any], list[Any]]
@@ -31,7 +31,7 @@ class FakeRank:
     def _serve(self) -> None:
         while True:
             try:
-                message = self._theirs.recv()
+                message = receive(self._theirs)
             except (EOFError, OSError, TypeError):  # the last one where this end was closed meanwhile
                 return
             self.seen.append(type(message))
@@ -40,7 +40,7 @@ class FakeRank:
                     self._theirs.close()
                     return
                 with suppress(OSError):  # the leader is gone
-                    self._theirs.send(reply)
+                    send(self._theirs, reply)
 
 
 def answering(value: Any) -> Reply:

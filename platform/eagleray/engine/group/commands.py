@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from eagleray.engine.group.part import Change, Part
 
 
@@ -60,7 +58,7 @@ class Step:
     cache: CacheUse
     tokens: Sequence[int]
 
-    def run(self, part: Part) -> Tensor | None:
+    def run(self, part: Part) -> Any:
         """Return this rank's part of the scores."""
         assert part.network is not None
         part.network.drop(self.cache.dropped)

@@ -25,7 +25,7 @@ from eagleray.engine.engine import Engine
 from eagleray.engine.group.check import group_layout
 from eagleray.engine.group.led import LedGeneratingModel, LedModel, LedNetwork
 from eagleray.engine.group.link import Link, OnLost
-from eagleray.engine.group.wire import Meeting, RankSpec, Ready
+from eagleray.engine.group.wire import Meeting, RankSpec, Ready, receive
 from eagleray.engine.plan import BatchLimits
 from eagleray.errors import EaglerayError, ServingError
 from eagleray.store.checkpoint import Checkpoint
@@ -156,7 +156,7 @@ def _accept(listener: Listener, num_ranks: int, ranks: Ranks) -> list[Connection
     while len(found) < num_ranks:
         try:
             connection = listener.accept()
-            found[connection.recv()] = connection
+            found[receive(connection)] = connection
         except TimeoutError:
             ranks.check()
             if time.monotonic() > deadline:
@@ -184,7 +184,7 @@ def _await_ready(connections: Sequence[Connection], ranks: Ranks) -> list[Ready]
             assert isinstance(connection, Connection)
             rank = connections.index(connection)
             try:
-                message = connection.recv()
+                message = receive(connection)
             except (EOFError, OSError):
                 raise ServingError(f"rank {rank} of {len(connections)} died while it loaded its part") from None
             if isinstance(message, EaglerayError):

@@ -79,7 +79,8 @@ class LedNetwork:
     def step(self, tokens_N: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the scores of the tokens that follow the last one of each hypothesis, shape (N, V)."""
         assert isinstance(cache, LedCache)
-        parts = self._link.call(Step(cache.use(self._take_dropped()), tokens_N.tolist()))
+        found = self._link.call(Step(cache.use(self._take_dropped()), tokens_N.tolist()))
+        parts = [torch.from_numpy(part) for part in found]
         cache.begin_column()
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

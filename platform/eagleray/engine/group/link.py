@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from eagleray.engine.group.commands import Command
-from eagleray.engine.group.wire import Close, Compare, Done, Ended, Failed, Ping, Pong, Run
+from eagleray.engine.group.wire import Close, Compare, Done, Ended, Failed, Ping, Pong, Run, receive, send
 from eagleray.errors import RanksLostError
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Link:
 
     def _send(self, rank: int, message: Any) -> None:
         with self._sending[rank]:
-            self._connections[rank].send(message)
+            send(self._connections[rank], message)
 
     def _read(self) -> None:
         """Hand on what ranks say, ask them whether they live, and notice when one does not."""
@@ -176,7 +176,7 @@ class Link:
     def _take(self, connection: Connection) -> bool:
         rank = self._rank_of[connection]
         try:
-            message = connection.recv()
+            message = receive(connection)
         except (EOFError, OSError):
             self._lose(f"rank {rank} is gone")
             return False
@@ -193,7 +193,7 @@ class Link:
             self._asked_at[rank] = self._asked_at[rank] or now
             if sending.acquire(blocking=False):  # else a command is on its way, and the rank takes it or is late
                 try:
-                    self._connections[rank].send(Ping())
+                    send(self._connections[rank], Ping())
                 except OSError:
                     self._lose(f"rank {rank} is gone")
                     return False

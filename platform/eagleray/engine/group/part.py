@@ -51,7 +51,7 @@ class NetworkPart:
 
         pipe.pass_on(compute)
 
-    def step(self, key: int, tokens: Sequence[int]) -> Tensor | None:
+    def step(self, key: int, tokens: Sequence[int]) -> Any:
         """Take one step; return this rank's part of the scores, where it has one, shape (N, V / ranks)."""
         cache, network, pipe = self._caches[key], self._network, self._pipe
         cache.begin_column()
@@ -67,7 +67,7 @@ class NetworkPart:
             return (network.score(x).float(),) if pipe.is_last else (x,)
 
         (result,) = pipe.pass_on(compute)
-        return result.cpu() if self._tells_scores else None
+        return result.cpu().numpy() if self._tells_scores else None
 
     def change(self, key: int, changes: Sequence[Change]) -> None:
         """Follow what happened to the rows of a cache."""

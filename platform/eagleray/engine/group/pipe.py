@@ -65,11 +65,10 @@ class Pipe:
         """
         found: list[Tensor] = []
         while True:
-            header = self._receive(torch.empty(_HEADER_LENGTH, dtype=torch.int64)).tolist()
-            num_left, number, num_dims, *dims = header
+            num_left, number, num_dims, *dims = self._receive([_HEADER_LENGTH], torch.int64).tolist()
             if num_left < 0:
                 raise StageFailedError(f"stage {self.stage - 1} or one before it failed")
-            found.append(self._receive(torch.empty(dims[:num_dims], dtype=_DTYPES[number])))
+            found.append(self._receive(dims[:num_dims], _DTYPES[number]))
             if not num_left:
                 return found
 
@@ -77,8 +76,8 @@ class Pipe:
         # gloo sends what is not contiguous wrong, without an error.
         dist.send(tensor.to(self._device).contiguous(), group=self._group, group_dst=self.stage + 1)
 
-    def _receive(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self._device)
+    def _receive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         dist.recv(tensor, group=self._group, group_src=self.stage - 1)
         return tensor
 

@@ -16,7 +16,20 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from eagleray.engine.group.load import load_part
 from eagleray.engine.group.part import Part
-from eagleray.engine.group.wire import Close, Compare, Done, Ended, Failed, Ping, Pong, RankSpec, Ready, Run
+from eagleray.engine.group.wire import (
+    Close,
+    Compare,
+    Done,
+    Ended,
+    Failed,
+    Ping,
+    Pong,
+    RankSpec,
+    Ready,
+    Run,
+    receive,
+    send,
+)
 from eagleray.errors import EaglerayError, ServingError
 from eagleray.store.checkpoint import Checkpoint
 
@@ -34,10 +47,10 @@ def run_rank(spec: RankSpec) -> None:
     try:
         rank.load()
     except EaglerayError as error:
-        connection.send(error)
+        send(connection, error)
     except Exception as error:
         logger.exception("rank %d cannot load its part", spec.rank)
-        connection.send(ServingError(f"rank {spec.rank} cannot load its part: {type(error).__name__}: {error}"))
+        send(connection, ServingError(f"rank {spec.rank} cannot load its part: {type(error).__name__}: {error}"))
     else:
         rank.serve()
         connection.close()
@@ -52,7 +65,7 @@ class _Rank:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._part: Part | None = None
         self._ended: tuple[int, str | None] = (0, None)
-        connection.send(spec.rank)
+        send(connection, spec.rank)
         threading.Thread(target=self._listen, name="eagleray-rank", daemon=True).start()
 
     def load(self) -> None:
@@ -94,12 +107,12 @@ class _Rank:
 
     def _send(self, message: Any) -> None:
         with self._sending:
-            self._connection.send(message)
+            send(self._connection, message)
 
     def _listen(self) -> None:
         while True:
             try:
-                message = self._connection.recv()
+                message = receive(self._connection)
             except (EOFError, OSError):
                 if self._spec.ends_with_leader:
                     os._exit(0)  # whatever it computes, nobody waits for it

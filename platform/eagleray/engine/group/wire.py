@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from eagleray.config.layout import Layout
@@ -152,6 +154,24 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class Pong:
     """The process lives."""
+
+
+def send(connection: Connection, message: Any) -> None:
+    """Send a message.
+
+    Not by the connection's own `send`: torch has tensors travel as handles of shared memory there, which only
+    processes that were forked from each other can open.
+    """
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """Return the next message.
+
+    Raises:
+        EOFError: The other side is gone; OSError, too.
+    """
+    return pickle.loads(connection.recv_bytes())
 
 
 def _is_lost_peer(error: Exception) -> bool:
