@@ -18,7 +18,7 @@ from serving_models import Command, commit, family, translation, wait_gone, writ
 
 TEXTS = [f"{day} July, a text of the {day * 3}" for day in range(1, 20)]
 RANK_TIMEOUT_S = 6.0
-WORKER = {"ray_actor_options": {"num_cpus": 0.25}, "rank_timeout_s": RANK_TIMEOUT_S}
+WORKER: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.25}, "rank_timeout_s": RANK_TIMEOUT_S}
 
 
 @dataclass
@@ -91,7 +91,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A model on one worker, and the same one on two times two."""
     folder = tmp_path_factory.mktemp("groups")
     yield from _serve(folder, [
-        translation("alone", **{key: value for key, value in WORKER.items() if key != "rank_timeout_s"}),
+        translation("alone", ray_actor_options=WORKER["ray_actor_options"]),
         translation("pair", tensor_parallel_degree=2, num_replicas=2, **WORKER),
     ])  # fmt: skip
 
@@ -172,12 +172,25 @@ def test_ranks_do_not_outlive_their_replica(server: Running, expected: dict[str,
 
 
 @pytest.mark.slow
-def test_stages_answer_like_one_worker(tmp_path: Path) -> None:
-    files = [translation("alone", **WORKER), translation("pair", pipeline_parallel_degree=2, **WORKER)]
+def test_stages_answer_like_one_worker_and_are_swapped_for_a_new_version(tmp_path: Path) -> None:
+    pair = translation("pair", pipeline_parallel_degree=2, follow="latest", follow_interval_s=0.5, **WORKER)
+    files = [translation("alone", ray_actor_options=WORKER["ray_actor_options"]), pair]
     for running in _serve(tmp_path, files):
         answers = [
             httpx.post(f"{running.url}/v1/translate/{name}", json={"text": TEXTS, "num_beams": 3}, timeout=60)
             for name in ("alone", "pair")
         ]
         assert _texts(answers[0]) == _texts(answers[1])
-        assert len(running.ranks()) == 2
+        before = set(running.ranks())
+        assert len(before) == 2
+        commit(pair, tmp_path / "store", step=20)
+        deadline, versions = time.monotonic() + 120, set[str]()
+        while "r1-step-00000020" not in versions and time.monotonic() < deadline:
+            answer = httpx.post(f"{running.url}/v1/translate/pair", json={"text": TEXTS[:3]}, timeout=60)
+            assert answer.status_code == 200
+            versions.add(answer.json()["version"])
+            time.sleep(0.2)
+        assert versions == {"r1-step-00000010", "r1-step-00000020"}
+        while before & set(running.ranks()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(running.ranks()) == 2 and not before & set(running.ranks())
