@@ -47,6 +47,23 @@ def cluster_environment() -> dict[str, str]:
     }
 
 
+def serve_environment(folder: Path) -> dict[str, str]:
+    """Where Serve's front has its files and ports: Serve's own defaults are one place for the whole machine."""
+    first = free_port()
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 100),
+    }
+
+
 @pytest.fixture(scope="session")
 def ray_environment(s3_bucket: str) -> Iterator[dict[str, str]]:
     """The environment of the tier, also set in this process for the length of the session; it knows the bucket."""
@@ -75,7 +92,7 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[RayCluster]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=ray_environment,
+            env=ray_environment | serve_environment(Path(folder)),
             text=True,
             start_new_session=True,  # Ctrl-C on the tests is not for the cluster
         )

@@ -150,7 +150,11 @@ def wait_until(url: str, status: int = 200, timeout_s: float = 30) -> httpx.Resp
     """Ask until an answer has a status."""
     deadline = time.monotonic() + timeout_s
     while True:
-        response = httpx.get(url)
-        if response.status_code == status or time.monotonic() > deadline:
-            return response
+        try:
+            response = httpx.get(url)
+            if response.status_code == status or time.monotonic() > deadline:
+                return response
+        except httpx.TransportError:  # a front that is just coming up, or is just replaced
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.1)
