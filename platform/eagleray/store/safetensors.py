@@ -19,8 +19,8 @@ from eagleray.store.manifest import FileEntry, ShardEntry
 
 Bytes = TypeVar("Bytes", bytes, memoryview)
 
-_MIN_BLOCK_BYTES, _LARGE_BLOCK_BYTES, _MAX_BLOCK_BYTES = 16 * 1024, 256 * 1024, 8 * 1024 * 1024
-_BLOCKS_PER_FILE, _FEWEST_BLOCKS = 4096, 64
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES = 16 * 1024, 8 * 1024 * 1024
+_BLOCKS_PER_FILE = 4096
 _MAX_PANELS = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _DTYPES = {
@@ -52,11 +52,9 @@ def dtype_of(name: str) -> torch.dtype:
 def block_size(file_bytes: int) -> int:
     """Bytes of a block in a file of so many: small beside any rank's part, and few enough for the manifest.
 
-    A block has one hash. A reader reads whole blocks, because only those can be verified. A file below 1 GiB has
-    fewer of them than it may: each costs a save some Python, between the steps that go on.
+    A block has one hash. A reader reads whole blocks, because only those can be verified.
     """
-    smallest = min(_MAX_BLOCK_BYTES, max(_MIN_BLOCK_BYTES, file_bytes // _BLOCKS_PER_FILE))
-    return max(smallest, min(file_bytes // _FEWEST_BLOCKS, _LARGE_BLOCK_BYTES))
+    return min(_MAX_BLOCK_BYTES, max(_MIN_BLOCK_BYTES, file_bytes // _BLOCKS_PER_FILE))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
