@@ -80,8 +80,7 @@ def own_memory_bytes() -> int:
 def return_large_blocks() -> None:
     """Let the C library's allocator return large blocks when they are freed; glibc only.
 
-    It learns from each freed block to keep those up to 32 MB, which are a layer's weights: of 244 MB in use a
-    worker then held more than 600.
+    It learns from each freed block to keep those up to 32 MB, which are a layer's weights.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

@@ -55,4 +55,6 @@ def _serve(config: RunConfig) -> str:
     serve, scaling = config.serve, config.serve.autoscaling_config
     auto = f"{scaling.min_replicas} to {scaling.max_replicas}"
     replicas = auto if serve.num_replicas == "auto" else str(serve.num_replicas)
+    if serve.follow is not None:
+        return f"{config.name}@{serve.follow.removeprefix('@')}, followed, {replicas} replicas"
     return f"{config.name}{serve.ref or '@best'}, {replicas} replicas"
