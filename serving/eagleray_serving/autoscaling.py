@@ -7,8 +7,8 @@ from typing import Any
 from eagleray.config.schema import ServeConfig
 from eagleray.rank_actors import bundles
 
-# Serve's own is 30 s: a burst would be over before it is seen. With the upscale delay of 1.5 s, what is too
-# much is seen, reported and decided on within 5 s.
+# Serve's own is 30 s: a burst would be over before it is seen. With the upscale delay of 2 s, what is too much is
+# seen, reported and decided on within 5 s.
 LOOK_BACK_S = 2.0
 # How often replicas and handles say what they are doing; 10 s by default.
 METRICS_INTERVAL_S = 0.5

@@ -18,7 +18,7 @@ class AutoscalingConfig(Section):
     target_queued_tokens: PositiveInt = Field(
         8192, description="Tokens, waiting and in work, per replica to aim at; about what one batch holds."
     )
-    upscale_delay_s: NonNegativeFloat = Field(1.5, description="Seconds of overload before a replica is added.")
+    upscale_delay_s: NonNegativeFloat = Field(2.0, description="Seconds of overload before a replica is added.")
     downscale_delay_s: NonNegativeFloat = Field(60.0, description="Seconds of idleness before one is removed.")
 
     @model_validator(mode="after")

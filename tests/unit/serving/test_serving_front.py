@@ -195,7 +195,7 @@ def test_a_joined_cluster_gets_the_lossless_settings_without_a_file_of_ours() ->
 def test_autoscaling_words_become_serves() -> None:
     serve = ServeConfig.model_validate({"autoscaling_config": {"min_replicas": 0, "max_replicas": 7}})
     scaling = deployment_options(serve)["autoscaling_config"]
-    assert (scaling["min_replicas"], scaling["max_replicas"], scaling["upscale_delay_s"]) == (0, 7, 1.5)
+    assert (scaling["min_replicas"], scaling["max_replicas"], scaling["upscale_delay_s"]) == (0, 7, 2.0)
     assert scaling["policy"]["policy_kwargs"] == {"target_queued_tokens": 8192}
     assert "initial_replicas" not in scaling and "num_replicas" not in deployment_options(serve)
     assert initial_replicas(serve) == 0
