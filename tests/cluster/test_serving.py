@@ -259,7 +259,9 @@ def test_a_canary_answers_the_requests_of_its_ids_and_goes_back(server: Running,
             ]
             return [answer.json()["version"] for answer in answers]
 
-        assert versions() == versions() == [split.choose(id) for id in ids]
+        expected = [split.choose(id) for id in ids]
+        assert wait_for(lambda: versions() == expected)  # every replica follows within about a second
+        assert versions() == expected
         commander.roll_back("own")
         commander.wait("own", split.current, lambda shown: shown["canary"] is None, 60)
         assert wait_for(lambda: set(versions()) == {split.current})
