@@ -32,8 +32,9 @@ NUM_REPLICA_PORTS = 200
 # its workers: a port that was free when it was chosen is still free when the front binds it.
 QUIET_PORTS = range(20_000, 32_000 - NUM_REPLICA_PORTS)
 NUM_TRIES = 50
-# A request that kills its replica is sent again this often and no more.
-RETRIES = 3
+# A request that kills its replica is sent again this often and no more. With three, requests that had waited on a
+# replica when it ended were lost: a try may meet the place of the replica that has just gone.
+RETRIES = 5
 RETRY_ON = "conn-failure empty-response"
 # A request is sent again only where it fits HAProxy's buffer as a whole.
 BUFFER_BYTES = 262_144
