@@ -34,6 +34,8 @@ NUM_SHOWN = 16
 # scores are shown as they are and decide nothing.
 JUDGED_KINDS = {"en-fr": ("date", "unit", "list")}
 PASS_SHARE = 0.90
+BULK_YEARS = range(2000, 2030)
+GROWING = "Tuesday, December 5, 2028"
 TRAIN_TIMEOUT_S = 900
 SERVE_TIMEOUT_S = 180
 REQUEST_TIMEOUT_S = 30
@@ -78,6 +80,8 @@ def main() -> int:
     server = _call("serve", *FILES, "--detach", "--port", "0")
     try:
         passed = [_examine(loaded.config, server["url"], console) for loaded in load_files(FILES)]
+        passed.append(_in_lines(server["url"], console))
+        _grow(server["url"], console)
     finally:
         _call("serve", "stop", server["id"])
     _show_next_steps(console, time.monotonic() - started)
@@ -113,6 +117,51 @@ def _examine(config: RunConfig, url: str, console: Console) -> bool:
         f"{mean_ms:.0f} ms an answer\n"
     )
     return is_good
+
+
+def _in_lines(url: str, console: Console) -> bool:
+    """Ask for many texts in one request, and read the answers as they come; each must be that of its place."""
+    days = [(day, year) for year in BULK_YEARS for day in range(1, 32)]
+    texts = [f"July {day}, {year}" for day, year in days]
+    expected = [f"{day} juillet {year}" for day, year in days]
+    started = time.perf_counter()
+    first_s, answers = 0.0, []
+    with (
+        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+        client.stream(
+            "POST", "/v1/translate", json={"text": texts}, headers={"accept": "application/x-ndjson"}
+        ) as response,
+    ):
+        response.raise_for_status()
+        for line in response.iter_lines():
+            first_s = first_s or time.perf_counter() - started
+            answers.append(json.loads(line))
+    seconds = time.perf_counter() - started
+    *items, last = answers
+    right = sum(
+        answer["index"] == place and answer["translation"]["text"] == text
+        for place, (text, answer) in enumerate(zip(expected, items, strict=True))
+    )
+    console.print(
+        f"{len(texts):,} texts in one request, answered in lines: the first after {first_s * 1000:.0f} ms, "
+        f"all after {seconds:.1f} s; {right / len(texts):.1%} right, by {last['model']}@{last['version']}",
+        soft_wrap=True,
+    )
+    return last["count"] == len(texts) and right >= len(texts) * PASS_SHARE
+
+
+def _grow(url: str, console: Console) -> None:
+    """Show one text's translation as it grows."""
+    with (
+        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+        client.stream(
+            "POST", "/v1/translate", json={"text": GROWING}, headers={"accept": "text/event-stream"}
+        ) as response,
+    ):
+        response.raise_for_status()
+        grown = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+    steps = " > ".join(answer["text"] for answer in grown[:-1])
+    console.print(f"{GROWING!r} while it grows: {steps}\n", soft_wrap=True)
 
 
 def _held_out(config: RunConfig) -> Iterator[Question]:
