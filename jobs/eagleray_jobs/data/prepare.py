@@ -273,5 +273,11 @@ class PieceEncoder:
 
 
 def _put(store: ObjectStore, key: str, data: bytes, num_rows: int = 0) -> PreparedFile:
-    store.put(key, data, create=True)
-    return PreparedFile(key, len(data), sha256(data).hexdigest(), num_rows)
+    file = PreparedFile(key, len(data), sha256(data).hexdigest(), num_rows)
+    try:
+        store.put(key, data, create=True)
+    except AlreadyExistsError:
+        # A worker that wrote it ended, or seemed to, before it said so, and its piece ran again.
+        if sha256(store.get(key)).hexdigest() != file.sha256:
+            raise
+    return file

@@ -65,6 +65,15 @@ def prepared(
     return prepare(config, load_task(config), store, run_pieces, (notes if notes is not None else []).append)
 
 
+def test_a_piece_that_runs_again_is_written_once(store: ObjectStore, rows_path: Path) -> None:
+    def run_twice(encode: EncodePiece, pieces: Sequence[Piece]) -> Iterator[PieceResult]:
+        assert list(run_in_line(encode, pieces)) == list(run_in_line(encode, pieces))
+        return run_in_line(encode, pieces)
+
+    data = prepared(config_of(rows_path), store, run_twice)
+    assert sum(data.summary.num_rows.values()) == 300
+
+
 def test_rows_come_back_as_the_task_encodes_them(store: ObjectStore, rows_path: Path) -> None:
     config = config_of(rows_path)
     data, task = prepared(config, store), load_task(config)
