@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from random_models import marian, sources
 from tiny_models import PAIRS
 
 from eagleray.engine import Batcher, ItemError, ModelThread, Prepared, load_engine
+from eagleray.engine.continuous import ItemSession
 from eagleray.engine.decoder import DecodingSession, NetworkGenerator
 from eagleray.engine.decoder.families import build_network
 from eagleray.engine.options import DecodingOptions
@@ -182,3 +184,36 @@ def test_a_model_in_its_thread_takes_items_while_others_are_decoded() -> None:
     assert asyncio.run(main()) == expected
     first: Any = expected[0]
     assert partial and all(first["text"].startswith(answer["text"]) for answer in partial)
+
+
+class EveryThirdToken:
+    """A task whose answer changes with every third token."""
+
+    def source_tokens(self, features: Any) -> list[int]:
+        return features["input_ids"]  # type: ignore[no-any-return]
+
+    def decoding(self, processor: Any, options: Any) -> DecodingOptions:
+        return DecodingOptions(max_new_tokens=12)
+
+    def decoded(self, tokens: Sequence[int], processor: Any) -> dict[str, Any]:
+        return {"text": str(len(tokens) // 3)}
+
+    partly_decoded = decoded
+
+
+def test_what_a_token_does_not_change_is_not_told_again() -> None:
+    found, told = generator(BatchLimits(4, 4096)), list[Any]()
+    options = DecodingOptions(max_new_tokens=12)
+    session = ItemSession(
+        lambda: found.session(options),
+        EveryThirdToken(),
+        None,  # type: ignore[arg-type]
+        found.start_token_id,
+        lambda item, answers: answers[-1],  # type: ignore[arg-type,return-value]
+        lambda items: [],
+    )
+    row = max(ROWS, key=lambda row: len(alone(row, options)))
+    session.add(Entering(0, Prepared({}, ({},), ({"input_ids": row},), (len(row),)), on_partial=told.append))
+    while not session.is_idle:
+        session.step()
+    assert len(told) > 1 and len({answer["text"] for answer in told}) == len(told)

@@ -48,6 +48,7 @@ class _Open:
     entering: Entering[Prepared]
     tickets: list[int] = field(default_factory=list)
     answers: list[Answer | None] = field(default_factory=list)
+    told: Answered | None = None
 
 
 class ItemSession:
@@ -121,7 +122,11 @@ class ItemSession:
     def _tell(self) -> None:
         """Show the answers that grow to those who wish to see them."""
         for item in self._items.values():
-            if item.entering.on_partial is not None and (answer := self._so_far(item)) is not None:
+            if item.entering.on_partial is None:
+                continue
+            answer = self._so_far(item)
+            if answer is not None and answer != item.told:  # some tokens add nothing that can be seen
+                item.told = answer
                 item.entering.on_partial(answer)
 
     def _so_far(self, item: _Open) -> Answered | None:
