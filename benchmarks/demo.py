@@ -126,16 +126,9 @@ def _in_lines(url: str, console: Console) -> bool:
     expected = [f"{day} juillet {year}" for day, year in days]
     started = time.perf_counter()
     first_s, answers = 0.0, []
-    with (
-        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
-        client.stream(
-            "POST", "/v1/translate", json={"text": texts}, headers={"accept": "application/x-ndjson"}
-        ) as response,
-    ):
-        response.raise_for_status()
-        for line in response.iter_lines():
-            first_s = first_s or time.perf_counter() - started
-            answers.append(json.loads(line))
+    for line in _stream(url, texts, "application/x-ndjson"):
+        first_s = first_s or time.perf_counter() - started
+        answers.append(json.loads(line))
     seconds = time.perf_counter() - started
     *items, last = answers
     right = sum(
@@ -152,16 +145,20 @@ def _in_lines(url: str, console: Console) -> bool:
 
 def _grow(url: str, console: Console) -> None:
     """Show one text's translation as it grows."""
-    with (
-        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
-        client.stream(
-            "POST", "/v1/translate", json={"text": GROWING}, headers={"accept": "text/event-stream"}
-        ) as response,
-    ):
-        response.raise_for_status()
-        grown = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+    lines = _stream(url, GROWING, "text/event-stream")
+    grown = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
     steps = " > ".join(answer["text"] for answer in grown[:-1])
     console.print(f"{GROWING!r} while it grows: {steps}\n", soft_wrap=True)
+
+
+def _stream(url: str, text: str | list[str], accept: str) -> Iterator[str]:
+    """Yield the lines of an answer as they come."""
+    with (
+        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+        client.stream("POST", "/v1/translate", json={"text": text}, headers={"accept": accept}) as response,
+    ):
+        response.raise_for_status()
+        yield from response.iter_lines()
 
 
 def _held_out(config: RunConfig) -> Iterator[Question]:
