@@ -76,7 +76,8 @@ class RayLog:
         """Take every stream handler off Ray's loggers and write to the file instead."""
         self._divert_printed()
         logging.getLogger("ray")  # so that it exists below
-        for name, logger in list(logging.root.manager.loggerDict.items()):
+        # A copy, made in one step: another thread may import something that brings loggers of its own.
+        for name, logger in logging.root.manager.loggerDict.copy().items():
             if isinstance(logger, logging.Logger) and name.split(".")[0] == "ray":
                 self._divert(logger)
 

@@ -149,7 +149,7 @@ def _connect(address: str) -> JobSubmissionClient:
 
 def _hush() -> None:
     """Keep Ray's notes about each package and connection off the terminal; its warnings stay."""
-    for name in list(logging.root.manager.loggerDict):
+    for name in logging.root.manager.loggerDict.copy():
         if name.startswith("ray."):
             logging.getLogger(name).setLevel(logging.WARNING)
 
