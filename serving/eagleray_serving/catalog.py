@@ -22,6 +22,8 @@ class ModelCard:
         target: Language of the output of a translation.
         scores: What the version scored in its evaluation.
         limits: What a request to it may be.
+        labels: What a classifier chooses from; empty where that is not known.
+        columns: What an input of a task of your own holds.
     """
 
     name: str
@@ -32,6 +34,8 @@ class ModelCard:
     target: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def ref(self) -> str:
@@ -55,7 +59,7 @@ class ModelCard:
 
     def as_json(self) -> dict[str, Any]:
         """Return what `/v1/models` shows."""
-        shown = {key: value for key, value in asdict(self).items() if value is not None and key != "verb"}
+        shown = {key: value for key, value in asdict(self).items() if value not in (None, ()) and key != "verb"}
         return {**shown, "ref": self.ref, "path": self.path}
 
 

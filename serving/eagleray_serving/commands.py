@@ -212,6 +212,6 @@ def _show(out: Output, served: Served, detach: bool) -> None:
     lines = [f"{plan.card.ref}  {served.record.url}{plan.card.path}" for plan in served.plans]
     if served.edge.has_keys:
         lines.append(f"keys: {served.edge.keys or 'from the environment'}")
-    lines += ["", served.curl(), f"docs: {served.record.url}/docs"]
+    lines += ["", served.curl(), f"docs: {served.record.url}/docs", f"page: {served.record.url}/"]
     lines.append(f"stop it with: eagleray serve stop {served.record.id}" if detach else "Ctrl-C stops it")
     out.result(served.as_json(), "\n".join(lines))

@@ -37,7 +37,7 @@ PAGES = {
     "/v1/models": "The models, with version, limits, scores and state.",
     "/metrics": "What was counted, for Prometheus.",
     "/docs": "This page.",
-    "/": "Where to begin.",
+    "/": "Where to begin; for a browser, a page to try the models on.",
 }
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}"

@@ -25,6 +25,7 @@ from eagleray_serving.guarded import GuardedFleet
 from eagleray_serving.keys import METRICS
 from eagleray_serving.lines import wants_lines
 from eagleray_serving.metrics import CONTENT_TYPE, Reports
+from eagleray_serving.page import VARY, Page, is_wanted
 from eagleray_serving.reception import framing
 from eagleray_serving.schema import REQUESTS, WireError, parse_json
 from eagleray_serving.visits import current_visit, require
@@ -90,6 +91,7 @@ class Edge:
         self._versions = versions
         self._bulk = bulk or {}
         self._num_large_bodies = 0
+        self._for_people = Page()
 
     def application(self) -> FastAPI:
         """Return the ASGI application."""
@@ -118,15 +120,17 @@ class Edge:
             demand_key(app.openapi())
         self._docs = docs_page(app.openapi())
         models = Models(self._cards, self._fleet, self._gate, self._max_body_bytes, self._body_timeout_s)
-        app.router.routes.extend(dialect_routes(models))
+        app.router.routes.extend([*dialect_routes(models), *self._for_people.routes()])
         return app
 
     def _add_model_route(self, app: FastAPI, path: str, options: Mapping[str, Any]) -> None:
         app.add_api_route(path, self._hand_on, methods=["POST"], **options)
 
     async def _index(self, request: Request) -> Response:
+        if is_wanted(request.headers):
+            return self._for_people.respond(request)
         links = {"docs": "/docs", "models": "/v1/models", "openapi": "/openapi.json", "ready": "/readyz"}
-        return JSONResponse({"name": "eagleray", **links})
+        return JSONResponse({"name": "eagleray", **links}, headers=VARY)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -147,6 +151,7 @@ class Edge:
     async def _models(self, request: Request) -> Response:
         states, replicas = await self._fleet.states(), await self._fleet.replicas()
         rollouts = await asyncio.to_thread(self._versions) if self._versions is not None else {}
+        queued = self.reports.queued_tokens()
         models = []
         for card in self._cards:
             rollout = rollouts.get(card.name)
@@ -155,7 +160,10 @@ class Edge:
                 scores = rollout.get("scores", {})
                 rollout = {key: value for key, value in rollout.items() if key != "scores"}
                 shown = replace(card, version=rollout["current"], scores=scores)
-            state = {"state": states.get(card.name, "missing"), "replicas": replicas.get(card.name)}
+            running = replicas.get(card.name)
+            if running is not None and card.name in queued:
+                running = {**running, "queued_tokens": queued[card.name]}
+            state = {"state": states.get(card.name, "missing"), "replicas": running}
             models.append({**shown.as_json(), **state} | ({} if rollout is None else {"rollout": rollout}))
         return JSONResponse({"models": models})
 

@@ -22,6 +22,7 @@ from eagleray_serving.access_log import AccessLog
 from eagleray_serving.answering import Asking
 from eagleray_serving.keys import ApiKey, KeyFile, KeyRing
 from eagleray_serving.metrics import Metrics
+from eagleray_serving.page import ASSET_PATHS
 from eagleray_serving.protection import Protection
 from eagleray_serving.rates import Rates
 from eagleray_serving.schema import WireError
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 # How often keys are looked at again and the access log is written.
 TICK_S = 0.5
 # What answers without a key: whether the server lives says nothing about what it serves.
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+# The page asks for a key itself.
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", *ASSET_PATHS})
 # Of other clients' dialects, those that carry the key in their body: whoever reads it calls `Gate.identify`.
 BODY_KEY_PATHS = frozenset({"/translate", "/detect"})
 BROWSER_PATHS = frozenset({"/docs", "/openapi.json"})

@@ -20,6 +20,7 @@ from eagleray_serving.visits import Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 EDGE = "edge"
+QUEUED = "eagleray_queued_tokens"
 # A replica that has said nothing for this long is gone, or hangs.
 REPORT_LIFE_S = 10.0
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -76,7 +77,7 @@ class Metrics:
             buckets=BATCH_TOKENS,
             registry=registry,
         )
-        self._queued = Gauge("eagleray_queued_tokens", "Tokens that wait for the model.", registry=registry)
+        self._queued = Gauge(QUEUED, "Tokens that wait for the model.", registry=registry)
 
     def count_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request that entered by this process."""
@@ -140,6 +141,15 @@ class Reports:
         """Take a replica's report; returns how many replicas of its model run."""
         self._told[model, replica] = self._clock(), families
         return sum(name == model for name, _ in self._live())
+
+    def queued_tokens(self) -> dict[str, int]:
+        """Return how many tokens wait for each model, over all of its replicas that told."""
+        found: dict[str, int] = {}
+        for (model, _), families in self._live().items():
+            for name, _, value in (sample for family in families for sample in family.samples):
+                if name == QUEUED:
+                    found[model] = found.get(model, 0) + round(value)
+        return found
 
     def render(self, own: Metrics) -> bytes:
         """Return all of it, and what the edge counted itself, in Prometheus's text format."""

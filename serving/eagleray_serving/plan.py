@@ -75,7 +75,7 @@ class ModelPlan:
         """Rebuild a plan from plain values."""
         return cls(
             args["store"],
-            ModelCard(**args["card"]),
+            _card_of(args["card"]),
             tuple(args["columns"]),
             ServeConfig.model_validate(args["serve"]),
             tuple(args["code"]),
@@ -153,8 +153,26 @@ def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
     card, columns = _card(stored.model_copy(update={"name": config.name}), checkpoint.version, config.code)
     limits = {key: getattr(config.serve, key) for key in SHOWN_LIMITS}
     scores = {name: score for name, score in checkpoint.manifest.metrics.items() if score is not None}
-    card = replace(card, scores=scores, limits=limits)
+    card = replace(card, scores=scores, limits=limits, labels=_labels(card, checkpoint))
+    if card.inputs == "inputs":
+        card = replace(card, columns=columns)
     return ModelPlan(location, card, columns, config.serve, tuple(config.code), server)
+
+
+def _labels(card: ModelCard, checkpoint: Checkpoint) -> tuple[str, ...]:
+    from eagleray.tasks.classification import read_labels
+
+    if card.verb != "classify":
+        return ()
+    try:
+        return read_labels(checkpoint.files())
+    except KeyError:
+        return ()  # a task of the user's own keeps them in another file
+
+
+def _card_of(args: Mapping[str, Any]) -> ModelCard:
+    lists = {key: tuple(args.get(key, ())) for key in ("labels", "columns")}
+    return ModelCard(**{**args, **lists})
 
 
 def _check_degrees(checkpoint: Checkpoint, config: RunConfig) -> None:

@@ -15,10 +15,11 @@ START_TIMEOUT_S = 20
 
 
 @contextmanager
-def live(app: ASGIApp) -> Iterator[str]:
-    """Serve an application; yields its URL."""
+def live(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """Serve an application, on any free port by default; yields its URL."""
     with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", port))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

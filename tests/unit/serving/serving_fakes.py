@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,32 @@ class FakeAnswerer:
         if value == "bad":
             return ItemFailure("bad_item", "it cannot be used", "send another")
         return {"text": str(value).upper()}
+
+
+class GrowingAnswerer(FakeAnswerer):
+    """Answers word by word; `ends` instead of its last word."""
+
+    def __init__(self, ends: Exception | ItemFailure | None = None, at: int = 2, pause_s: float = 0.0) -> None:
+        super().__init__()
+        self._ends, self._at, self._pause_s = ends, at, pause_s
+        self.was_closed = False
+
+    async def stream(
+        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
+    ) -> AsyncGenerator[Answers, None]:
+        words = str(item["text"]).upper().split()
+        try:
+            for count in range(1, len(words) + 1):
+                await asyncio.sleep(self._pause_s)
+                if self._ends is not None and count > self._at:
+                    if isinstance(self._ends, Exception):
+                        raise self._ends
+                    yield Answers(self._version, [self._ends])
+                    return
+                is_whole = count == len(words)
+                yield Answers(self._version, [{"text": " ".join(words[:count])}], 3, is_whole)
+        finally:
+            self.was_closed = True
 
 
 class OverloadedAnswerer:

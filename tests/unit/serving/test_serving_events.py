@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import httpx
 import pytest
-from serving_fakes import EN_FR, FakeAnswerer, call, is_error, service
+from serving_fakes import EN_FR, FakeAnswerer, GrowingAnswerer, call, is_error, service
 
-from eagleray_serving.answering import Answers, Asking, ItemFailure
+from eagleray_serving.answering import ItemFailure
 from eagleray_serving.events import MEDIA_TYPE
 from eagleray_serving.schema import WireError
 
 ACCEPT = {"accept": MEDIA_TYPE}
 BODY = json.dumps({"text": "a b c"}).encode()
-
-
-class GrowingAnswerer(FakeAnswerer):
-    """Answers word by word; `ends` instead of its last word."""
-
-    def __init__(self, ends: Exception | ItemFailure | None = None, at: int = 2, pause_s: float = 0.0) -> None:
-        super().__init__()
-        self._ends, self._at, self._pause_s = ends, at, pause_s
-        self.was_closed = False
-
-    async def stream(
-        self, item: Mapping[str, Any], options: Mapping[str, Any], asking: Asking
-    ) -> AsyncGenerator[Answers, None]:
-        words = str(item["text"]).upper().split()
-        try:
-            for count in range(1, len(words) + 1):
-                await asyncio.sleep(self._pause_s)
-                if self._ends is not None and count > self._at:
-                    if isinstance(self._ends, Exception):
-                        raise self._ends
-                    yield Answers(EN_FR.version, [self._ends])
-                    return
-                is_whole = count == len(words)
-                yield Answers(EN_FR.version, [{"text": " ".join(words[:count])}], 3, is_whole)
-        finally:
-            self.was_closed = True
 
 
 def ask(answerer: FakeAnswerer, body: bytes = BODY, **limits: Any) -> httpx.Response:
