@@ -24,6 +24,7 @@ from eagleray.parallel import (
     data_coordinate,
     gathered,
 )
+from eagleray.projection import choose_before_projecting
 from eagleray.store.runs import run_dir
 from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch
@@ -70,6 +71,8 @@ class _Loop:
         self.exchange = parts.exchange
         if config.torch_compile:
             parts.model.compile()  # in place: names stay, and DDP wraps what is compiled
+        elif parts.device.type == "cpu":
+            choose_before_projecting(parts.model)
         model = _cut(spec, parts)
         self.pipeline = model if isinstance(model, Pipeline) else None
         module = self.pipeline or parts.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from eagleray.config.schema import RunConfig
 from eagleray.engine.decoding import DecodingOptions, generate
 from eagleray.errors import ConfigError
 from eagleray.hub import locate_pretrained, read_model_config
+from eagleray.projection import projecting_only
 from eagleray.tasks import rows
 from eagleray.tasks.base import (
     Answer,
@@ -153,21 +155,26 @@ class TranslationTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross entropy over target tokens, smoothed as in Szegedy et al. 2016 (arXiv 1512.00567)."""
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=batch["decoder_input_ids"],
-            use_cache=False,
-        )
         labels = batch["labels"].flatten()
+        is_label = labels != rows.IGNORED
+        wanted = is_label.nonzero().squeeze(1) if labels.device.type == "cpu" else None
+        with nullcontext() if wanted is None else projecting_only(wanted):
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                decoder_input_ids=batch["decoder_input_ids"],
+                use_cache=False,
+            ).logits
+        if logits.ndim == 2:  # the model has left out the others
+            labels = labels[wanted]
         total = F.cross_entropy(
-            output.logits.flatten(0, 1).float(),
+            logits.flatten(0, -2).float(),
             labels,
             ignore_index=rows.IGNORED,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        return Loss(total, (labels != rows.IGNORED).sum())
+        return Loss(total, is_label.sum())
 
     @batching_itself
     def predict(
