@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,9 +60,7 @@ def promote(
     verbose: VerboseOption = False,
 ) -> None:
     """Let the canary answer all requests; an alias that the server follows is set to it."""
-    with reporting(json=json, verbose=verbose) as out:
-        commander = _commander(name, server)
-        _settle(out, commander, name, commander.promote(name), timeout)
+    _settle(lambda commander: commander.promote(name), name, server, timeout, json, verbose)
 
 
 def rollback(
@@ -72,9 +71,7 @@ def rollback(
     verbose: VerboseOption = False,
 ) -> None:
     """End the canary; where there is none, go back to the version before (and so does a followed alias)."""
-    with reporting(json=json, verbose=verbose) as out:
-        commander = _commander(name, server)
-        _settle(out, commander, name, commander.roll_back(name), timeout)
+    _settle(lambda commander: commander.roll_back(name), name, server, timeout, json, verbose)
 
 
 def _commander(name: str, server: str | None) -> Commander:
@@ -85,14 +82,19 @@ def _commander(name: str, server: str | None) -> Commander:
     return Commander(home, choose_server(home.records(), name, server))
 
 
-def _settle(out: Output, commander: Commander, name: str, version: str, timeout_s: float) -> None:
-    """Wait until a version answers all requests on every replica."""
+def _settle(
+    change: Callable[[Commander], str], name: str, server: str | None, timeout_s: float, json: bool, verbose: bool
+) -> None:
+    """Change what is served, and wait until the version that follows answers all requests on every replica."""
+    with reporting(json=json, verbose=verbose) as out:
+        commander = _commander(name, server)
+        version = change(commander)
 
-    def answers(shown: dict[str, Any]) -> bool:
-        alone = not shown["canary"] and not shown["loading"]
-        return alone and shown["current"] == version and set(shown["replicas"]) == {version}
+        def answers(shown: dict[str, Any]) -> bool:
+            alone = not shown["canary"] and not shown["loading"]
+            return alone and shown["current"] == version and set(shown["replicas"]) == {version}
 
-    _show(out, name, commander.wait(name, version, answers, timeout_s))
+        _show(out, name, commander.wait(name, version, answers, timeout_s))
 
 
 def _show(out: Output, name: str, shown: dict[str, Any]) -> None:
