@@ -22,8 +22,9 @@
     |   `-- NonFiniteLossError                 the loss became NaN or infinite
     |-- ServingError                  exit 1   a server could not be started, reached or stopped
     |   |-- RequestTimeoutError                no answer within the time of the request
-    |   `-- ModelStoppedError                  the model was stopped before it answered
-    |       `-- RanksLostError                 a process that holds a part of the model is gone
+    |   |-- ModelStoppedError                  the model was stopped before it answered
+    |   |   `-- RanksLostError                 a process that holds a part of the model is gone
+    |   `-- ModelStuckError                    a replica's model can answer nobody any more
     `-- InterruptedRunError           exit 130 or 143   stopped by a signal, after committing
 """
 
@@ -142,6 +143,10 @@ class ModelStoppedError(ServingError):
 
 class RanksLostError(ModelStoppedError):
     """A process that holds a part of the model is gone; what was asked may be asked again elsewhere."""
+
+
+class ModelStuckError(ServingError):
+    """A replica's model can answer nobody any more; the replica is to be replaced."""
 
 
 class InterruptedRunError(EaglerayError):

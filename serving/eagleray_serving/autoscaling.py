@@ -15,7 +15,7 @@ METRICS_INTERVAL_S = 0.5
 POLICY = "eagleray_serving.scaling:TokenPolicy"
 # Constructors that fail before a deployment is given up; a damaged checkpoint does not mend itself.
 MAX_CONSTRUCTOR_FAILURES = 2
-# How often Serve asks a replica of several ranks whether it lives; 10 s by default.
+# How often Serve asks a replica whether it lives, which it must deny three times; 10 s by default.
 HEALTH_CHECK_PERIOD_S = 2.0
 
 
@@ -31,6 +31,7 @@ def deployment_options(serve: ServeConfig) -> dict[str, Any]:
         # What a replica holds when it is asked to go may take as long as a request may.
         "graceful_shutdown_timeout_s": serve.request_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         # A new configuration's replicas answer before those of the old one go: without it they would go first.
         "max_surge_percent": 100,
     }
@@ -73,7 +74,6 @@ def _group_options(serve: ServeConfig) -> dict[str, Any]:
         "placement_group_bundles": bundles(num_ranks(serve), actor.num_cpus, actor.num_gpus),
         "placement_group_strategy": "PACK",
         # A replica ends by itself when it has lost a rank; Serve is to see it soon.
-        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": serve.rank_timeout_s,
     }
 

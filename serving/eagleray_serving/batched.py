@@ -26,6 +26,9 @@ MAX_REASON_CHARACTERS = 200
 # long as items have been quicker than this, in seconds.
 QUICK_S = 0.0003
 QUICK_TOKENS = 64
+# Of the time limit of a request. After one, whoever waited for a batch is gone, and what decodes step by step has
+# been told to let go; a batch that runs as a whole has as long again to come to its end.
+STUCK_AFTER = 2
 
 
 class BatchedEngine:
@@ -55,6 +58,9 @@ class BatchedEngine:
         self._num_preparing = 0
         self._clock = clock
         self._encoding = threading.Lock()
+        self._encoding_since: float | None = None
+        self._is_closing = False
+        self._stuck_after_s = STUCK_AFTER * serve.request_timeout_s
         self._prepare_s = 1.0  # seconds per item, lately; not known to be quick at first
         self._rate = DrainRate()
 
@@ -73,8 +79,19 @@ class BatchedEngine:
         """Tokens that wait or are in work; an item that is not yet encoded counts as one."""
         return self._batcher.num_queued_tokens + self._batcher.num_running_tokens + self._num_preparing
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody here can expect an answer; None while all is well. What a health check looks at."""
+        if not self._running.is_alive and not self._is_closing:
+            return "the model's thread has ended"
+        since, limit_s = self._encoding_since, self._stuck_after_s
+        if since is not None and self._clock() - since > limit_s:
+            return f"an item has been encoded for {self._clock() - since:.0f} s; the limit is {limit_s:g} s"
+        return self._batcher.trouble(limit_s)
+
     async def close(self) -> None:
         """Answer what runs, refuse what waits, end the threads and free the weights."""
+        self._is_closing = True
         await self._batcher.close()
         await asyncio.to_thread(self._end)
 
@@ -168,12 +185,17 @@ class BatchedEngine:
     ) -> list[Prepared | ItemError]:
         with self._encoding:
             begin = self._clock()
-            prepared = [
-                _prepare(self._engine, item) for item in items if given_up is None or not given_up.is_set()
-            ]
+            prepared = [self._prepare_one(item) for item in items if given_up is None or not given_up.is_set()]
             taken_s = (self._clock() - begin) / max(1, len(prepared))
             self._prepare_s = max(taken_s, (self._prepare_s + taken_s) / 2)  # one slow item is believed at once
         return prepared
+
+    def _prepare_one(self, item: Mapping[str, Any]) -> Prepared | ItemError:
+        self._encoding_since = self._clock()
+        try:
+            return _prepare(self._engine, item)
+        finally:
+            self._encoding_since = None
 
     async def _run(
         self,

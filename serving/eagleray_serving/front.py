@@ -188,7 +188,7 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
         limits: What the front holds requests to.
     """
     assert len(str(folder)) <= MAX_FOLDER_CHARACTERS, f"{folder} is too long for sockets in it"
-    variables = _autoscaling_environment() | {
+    variables = _controller_environment() | {
         # The parts of RAY_SERVE_THROUGHPUT_OPTIMIZED that pay here. Not the calls over gRPC: they know no token.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
@@ -283,8 +283,8 @@ def joined_environment() -> dict[str, str]:
     HAProxy is not among it where this platform has none.
     """
     if find_haproxy() is None:
-        return _autoscaling_environment()
-    return _autoscaling_environment() | {
+        return _controller_environment()
+    return _controller_environment() | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # Serve has no key for the second line; it renders this one as it stands into the section of defaults.
         "RAY_SERVE_HAPROXY_RETRY_ON": f"{RETRY_ON}\n    option http-buffer-request",
@@ -293,9 +293,11 @@ def joined_environment() -> dict[str, str]:
     }
 
 
-def _autoscaling_environment() -> dict[str, str]:
+def _controller_environment() -> dict[str, str]:
     interval = str(METRICS_INTERVAL_S)
     return {
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": interval,
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": interval,
+        # Whoever waits for a replica whose model hangs would wait in vain: the front is to send it elsewhere now.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.responses import Response
 
+from eagleray.errors import ModelStuckError
 from eagleray_serving.admission import HeldBack
 from eagleray_serving.answering import Answers, Asking
 from eagleray_serving.board import RayNotes
@@ -21,6 +23,8 @@ from eagleray_serving.scaling import METRIC
 from eagleray_serving.schema import WireError
 from eagleray_serving.service import ModelService
 from eagleray_serving.version_loading import hold_versions
+
+logger = logging.getLogger(__name__)
 
 
 class ModelReplica:
@@ -49,6 +53,16 @@ class ModelReplica:
     async def hand_on(self, body: bytes, asking: Asking) -> Response:
         """Answer a request that reached the edge first."""
         return await self._service.respond(body, asking)
+
+    async def check_health(self) -> None:
+        """Say nothing while this replica can answer; Serve asks every two seconds, and replaces one that objects.
+
+        Raises:
+            ModelStuckError: A model hangs, or what drives it has ended.
+        """
+        if (trouble := self._versions.trouble) is not None:
+            logger.error("this replica is to be replaced: %s", trouble)
+            raise ModelStuckError(trouble, "the replica is replaced; its requests go elsewhere")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what this replica has yet to answer; Serve calls it for `scaling.TokenPolicy`."""

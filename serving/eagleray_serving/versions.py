@@ -42,6 +42,10 @@ class Loaded(Protocol):
     def num_tokens(self) -> int:
         """Tokens that wait or are in work."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody can expect an answer from it; None while all is well."""
+
     async def answer(
         self, items: Sequence[Mapping[str, Any]], options: Mapping[str, Any], asking: Asking
     ) -> Answers:
@@ -77,6 +81,7 @@ class Versions:
 
     def __init__(self, first: Loaded, timeout_s: float = 60.0, recorder: Recorder | None = None) -> None:
         self._held = {first.version: _Held(first)}
+        self._retiring: set[_Held] = set()
         self._split: Split | None = Split(first.version)
         self._timeout_s = timeout_s
         self._recorder = recorder
@@ -97,6 +102,14 @@ class Versions:
     def num_tokens(self) -> int:
         """Tokens that wait or are in work, over all versions."""
         return sum(held.loaded.num_tokens for held in self._held.values())
+
+    @property
+    def trouble(self) -> str | None:
+        """Why a version that is held, or is on its way out, answers nobody any more; None while all is well."""
+        for held in (*self._held.values(), *self._retiring):
+            if (trouble := held.loaded.trouble) is not None:
+                return f"{held.loaded.version}: {trouble}"
+        return None
 
     @property
     def split(self) -> Split | None:
@@ -137,10 +150,12 @@ class Versions:
         """Wait until a version's last request is answered, then end it and free its memory."""
         assert self._split is None or version not in (self._split.current, self._split.canary)
         held = self._held.pop(version)
+        self._retiring.add(held)
         while held.num_active:
             held.idle.clear()
             await held.idle.wait()
         await held.loaded.close()
+        self._retiring.remove(held)
         del held
         # A module and what generates for it refer to each other: only the collector sees that both are gone.
         await asyncio.to_thread(gc.collect)

@@ -129,3 +129,58 @@ def test_long_items_and_lists_leave_the_loop_free() -> None:
 
     asyncio.run(go())
     assert all(name.startswith("eagleray-prepare") for name in fake.encoded_in)
+
+
+class StuckEngine(FakeEngine):
+    """Encodes `encode` and runs `run` for as long as nobody lets go of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def prepare(self, item: Mapping[str, Any]) -> Prepared:
+        if item["value"] == "encode":
+            self.let_go.wait(30)
+        return super().prepare(item)
+
+    def run(self, items: Sequence[Prepared], options: Mapping[str, Any]) -> list[Any]:
+        if items[0].example["value"] == "run":
+            self.let_go.wait(30)
+        return super().run(items, options)
+
+
+@pytest.mark.parametrize(
+    "value, trouble",
+    [
+        ("run", "the model has been at one batch for 0 s; the limit is 0.1 s"),
+        ("encode", "an item has been encoded for 7 s; the limit is 0.1 s"),
+    ],
+)
+def test_what_takes_twice_the_time_of_a_request_is_trouble_until_it_ends(value: str, trouble: str) -> None:
+    async def go() -> list[str | None]:
+        fake = StuckEngine()
+        engine = batched(fake, request_timeout_s=0.05)
+        seen = [engine.trouble]
+        asking = asyncio.create_task(engine.answer([{"value": value}], {}, ASKING))
+        await asyncio.sleep(0.05)
+        seen.append(engine.trouble)
+        fake.now_s += 7 if value == "encode" else 0
+        await asyncio.sleep(0.1)
+        seen.append(engine.trouble)
+        fake.let_go.set()
+        await asking
+        seen.append(engine.trouble)
+        await engine.close()
+        return [*seen, engine.trouble]
+
+    assert asyncio.run(go()) == [None, None, trouble, None, None]
+
+
+def test_a_thread_that_has_ended_is_trouble() -> None:
+    async def go() -> str | None:
+        engine = batched(FakeEngine())
+        await engine.answer([{"value": 1}], {}, ASKING)
+        engine._running.close()  # as whatever ends a thread
+        return engine.trouble
+
+    assert asyncio.run(go()) == "the model's thread has ended"

@@ -386,6 +386,44 @@ def test_busy_seconds_grow_while_the_model_keeps_the_loop_waiting() -> None:
     assert run_virtual(main()) == [0, 4, 7, 0, 0]
 
 
+def test_a_batch_that_takes_too_long_is_trouble_until_it_ends() -> None:
+    async def main() -> list[str | None]:
+        b, seen = batcher(SlowModel(batch_s=10)), []
+        seen.append(b.trouble(limit_s=5))
+        asking = asyncio.create_task(b.submit(1, num_tokens=1))
+        for _ in range(2):
+            await asyncio.sleep(4)
+            seen.append(b.trouble(limit_s=5))
+        await asking
+        return [*seen, b.trouble(limit_s=5)]
+
+    stuck = "the model has been at one batch for 8 s; the limit is 5 s"
+    assert run_virtual(main()) == [None, None, stuck, None]
+
+
+def test_a_loop_that_has_ended_is_trouble_and_the_next_item_begins_another() -> None:
+    num_steps = 0
+
+    def cancel_the_first(num_items: int, num_tokens: int) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 1:
+            raise asyncio.CancelledError  # as from outside: the loop takes it for its own end
+
+    async def main() -> None:
+        b = batcher(SlowModel(), on_step=cancel_the_first)
+        with pytest.raises(ModelStoppedError):
+            await b.submit(1, num_tokens=1)
+        await asyncio.sleep(1)
+        assert b.trouble(limit_s=5) == "the batcher's loop has ended"
+        assert await b.submit(2, num_tokens=1) == 4
+        assert b.trouble(limit_s=5) is None
+        await b.close()
+        assert b.trouble(limit_s=5) is None
+
+    run_virtual(main())
+
+
 def test_similar_lengths_are_chosen_around_the_oldest_item() -> None:
     lengths = [10, 100, 11, 9, 50, 10]
     assert sorted(choose_batch(lengths, [0] * 6, BatchLimits(4, 8192))) == [0, 2, 3, 5]

@@ -110,6 +110,18 @@ class Batcher(Generic[T, R]):
             return 0.0
         return asyncio.get_running_loop().time() - self._advancing_since_s
 
+    def trouble(self, limit_s: float) -> str | None:
+        """Return why nobody here can expect an answer; None while all is well.
+
+        Args:
+            limit_s: Longest time in which the model must let go of the loop.
+        """
+        if self.busy_s > limit_s:
+            return f"the model has been at one batch for {self.busy_s:.0f} s; the limit is {limit_s:g} s"
+        if self._loop_task is not None and self._loop_task.done() and not self._closed:
+            return "the batcher's loop has ended"
+        return None
+
     async def submit(
         self,
         item: T,

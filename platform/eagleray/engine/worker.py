@@ -52,7 +52,18 @@ class ModelThread:
     """Runs everything of a model in one thread of its own."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eagleray-model")
+        self._thread: threading.Thread | None = None
+        self._executor = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="eagleray-model", initializer=self._began
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a call would be run; the thread begins with the first one."""
+        return self._thread is None or self._thread.is_alive()
+
+    def _began(self) -> None:
+        self._thread = threading.current_thread()
 
     async def call(self, function: Callable[..., V], *arguments: Any) -> V:
         """Call a function in the thread."""

@@ -12,6 +12,9 @@ from torch import nn
 
 from eagleray.tasks import Answer, Batch, Encoded, Example, Features, Loss, Processor, Task
 
+HANGS = -1.0
+"""The value at which the model never comes back."""
+
 
 class EchoProcessor(Processor):
     def files(self) -> dict[str, bytes]:
@@ -46,6 +49,8 @@ class EchoTask(Task):
     ) -> list[Answer]:
         time.sleep(float(self.config.model.config.get("sleep_s", 0)))
         values = batch["value"].tolist()
+        if HANGS in values:
+            time.sleep(10**6)
         return [{"value": value, "batch": len(values), "pid": os.getpid()} for value in values]
 
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:

@@ -144,3 +144,26 @@ def test_figures_of_replicas_add_up_and_keep_percentiles_within_a_quarter() -> N
         assert found is not None and share <= found <= share * 1.25
     assert Figures().percentile_s(0.5) is None
     assert Figures().as_json() == {"requests": 0, "errors": 0, "p50_ms": None, "p95_ms": None}
+
+
+def test_trouble_of_any_version_is_that_of_the_replica_also_of_one_on_its_way_out() -> None:
+    async def trouble() -> None:
+        old, new = FakeLoaded("v1"), FakeLoaded("v2")
+        versions = Versions(old)
+        versions.add(new)
+        assert versions.trouble is None
+        new.trouble = "it hangs"
+        assert versions.trouble == "v2: it hangs"
+        new.trouble, old.trouble = None, "it hangs, too"
+        old.go.clear()
+        asking = asyncio.create_task(ask(versions, "a"))
+        await asyncio.sleep(0)
+        versions.route(Split("v2"))
+        retiring = asyncio.create_task(versions.retire("v1"))
+        await asyncio.sleep(0)
+        assert versions.loaded == ("v2",) and versions.trouble == "v1: it hangs, too"
+        old.go.set()
+        await asyncio.gather(asking, retiring)
+        assert versions.trouble is None
+
+    run(trouble)

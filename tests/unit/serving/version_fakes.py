@@ -40,6 +40,7 @@ class FakeLoaded:
         self.go = asyncio.Event()
         self.go.set()
         self.closed = False
+        self.trouble: str | None = None
         self._fault = fault
 
     async def answer(
