@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import StoreError, WorkerError
-from eagleray.scheduling import come_first, give_way
+from eagleray.scheduling import come_first, give_way, settle_memory
 from eagleray.store.runs import RunHandle, stop_requested
 from eagleray.store.saver import SaveResult
 from eagleray.store.sharing import check_shared
@@ -74,6 +74,7 @@ def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult
         if rank == 0:
             board.post.remote(Phase("load model", restarts))
         parts = assemble(spec, get_device(), extra_sinks=lambda: [RayMetrics(spec.config.name)], lookout=lookout)
+        settle_memory()
         return run_loop(spec, parts, control)
 
 

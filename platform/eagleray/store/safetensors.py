@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eagleray.errors import StoreError
 from eagleray.store.manifest import FileEntry, ShardEntry
@@ -31,6 +33,7 @@ _DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,9 +60,9 @@ def block_size(file_bytes: int) -> int:
     return min(_MAX_BLOCK_BYTES, max(_MIN_BLOCK_BYTES, file_bytes // _BLOCKS_PER_FILE))
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def as_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """View a tensor in host memory as an array of integers as wide as its elements, which is cut far faster."""
+    return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
 
 
 def from_bytes(data: bytes | memoryview, dtype: str, sizes: Sequence[int]) -> torch.Tensor:
@@ -139,22 +142,22 @@ class SafetensorsStream:
     def __iter__(self) -> Iterator[bytes | memoryview]:
         yield self._count(self.header)
         for piece in self.pieces:
-            for offset, block in _blocks(piece.local, self._block_bytes):
+            for offset, block in _blocks(as_array(piece.local), self._block_bytes):
                 yield from self._block(piece, offset, block)
 
-    def _block(self, piece: Piece, row: int, block: torch.Tensor) -> Iterator[memoryview]:
-        start, data = self._size, as_bytes(block)
+    def _block(self, piece: Piece, row: int, block: NDArray[Any]) -> Iterator[memoryview]:
+        start, data = self._size, block.reshape(-1).view(np.uint8).data
         for first in range(0, len(data), _PIECE_BYTES):
             part = data[first : first + _PIECE_BYTES]
             self._count(part)
             yield part
         offsets = (piece.offsets[0] + row, *piece.offsets[1:]) if piece.offsets else ()
-        entry = ShardEntry(
+        entry = ShardEntry.model_construct(  # our own numbers, and there are thousands: the reader checks them
             file=self.path,
             start=start,
             end=self._size,
             offsets=offsets,
-            sizes=tuple(block.shape),
+            sizes=block.shape,
             sha256=hashlib.sha256(data).hexdigest(),
         )
         self.shards.setdefault(piece.name, []).append(entry)
@@ -181,14 +184,14 @@ def _header(pieces: Sequence[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(tensor: torch.Tensor, block_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Cut a tensor along its first dim into a power of two of blocks, as layouts do; yield where each begins."""
-    if tensor.ndim == 0:
-        yield 0, tensor
+def _blocks(array: NDArray[Any], block_bytes: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Cut an array along its first dim into a power of two of blocks, as layouts do; yield where each begins."""
+    if array.ndim == 0:
+        yield 0, array
         return
-    rows, num_blocks = tensor.shape[0], 1
-    while num_blocks < rows and tensor.nbytes > block_bytes * num_blocks:
+    rows, num_blocks = array.shape[0], 1
+    while num_blocks < rows and array.nbytes > block_bytes * num_blocks:
         num_blocks *= 2
     size = -(-rows // num_blocks)
     for first in range(0, rows, size):
-        yield first, tensor[first : first + size]
+        yield first, array[first : first + size]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from pathlib import Path
 
@@ -14,10 +16,10 @@ from versions_made import NAME, commit, config, owned_run, tensors
 from eagleray.config.layout import Layout
 from eagleray.errors import StoreError
 from eagleray.store.checkpoint import Checkpoint
-from eagleray.store.manifest import TensorEntry, manifest_key, parse_manifest
+from eagleray.store.manifest import TensorEntry, canonical_json, manifest_key, parse_manifest
 from eagleray.store.objects import ObjectStore
 from eagleray.store.registry import Registry
-from eagleray.store.safetensors import Piece, SafetensorsStream, as_bytes, block_size, dtype_name
+from eagleray.store.safetensors import Piece, SafetensorsStream, as_array, block_size, dtype_name
 from eagleray.store.saver import CheckpointSaver, SaveResult
 
 
@@ -188,8 +190,17 @@ def test_blocks_are_small_beside_a_file_but_not_many() -> None:
 )
 def test_every_type_has_a_name_and_bytes(dtype: torch.dtype) -> None:
     tensor = torch.tensor([0, 1, 1]).to(dtype)
-    assert len(as_bytes(tensor)) == 3 * tensor.element_size()
+    assert as_array(tensor).nbytes == 3 * tensor.element_size()
     assert dtype_name(dtype)
+
+
+def test_a_manifest_is_canonical_json_whatever_the_names_in_it(local_store: ObjectStore) -> None:
+    manifest = Checkpoint.open(local_store, NAME, commit(local_store, 1).split("@")[1]).manifest
+    for metrics in ({}, {"run": 1.0, "step": 2.0, ',"run":': 3.0}):
+        changed = manifest.model_copy(update={"metrics": metrics})
+        record = json.loads(changed.to_bytes())
+        assert canonical_json(record) == changed.to_bytes()
+        assert record.pop("sha256") == hashlib.sha256(canonical_json(record)).hexdigest()
 
 
 def test_shards_that_do_not_cover_a_tensor_once_are_refused(local_store: ObjectStore) -> None:
