@@ -126,13 +126,13 @@ def _profiler(device: torch.device) -> torch.profiler.profile:
 
 
 def _collectives(profiler: torch.profiler.profile, spans: Sequence[Span]) -> list[Span]:
-    """Return the collectives that torch's profiler saw in the steps, each in the lane of its thread."""
+    """Return the collectives that torch's profiler saw in the steps, in as few lanes as keep them apart."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     offset_ns = time.time_ns() - time.monotonic_ns()  # the profiler counts from 1970
     steps = sorted((span.start_ns, span.end_ns, span.step) for span in spans if span.kind == "step")
-    lanes: dict[int, int] = {}
+    lane_ends: list[int] = []  # gloo has many threads, of which one or two are at work
     found = []
-    for event in profiler.profiler.kineto_results.events():
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
         name = event.name()
         if not name.startswith(_COLLECTIVES):
             continue
@@ -140,9 +140,10 @@ def _collectives(profiler: torch.profiler.profile, spans: Sequence[Span]) -> lis
         number = bisect_right(steps, (start_ns, 2**63, 0)) - 1
         if number < 0 or start_ns > steps[number][1]:
             continue
-        lane = lanes.setdefault(event.start_thread_id(), len(lanes) + 1)
         end_ns = start_ns + event.duration_ns()
-        found.append(Span("collective", steps[number][2], start_ns, end_ns, name=name, lane=lane))
+        lane = next((lane for lane, free_at in enumerate(lane_ends) if free_at <= start_ns), len(lane_ends))
+        lane_ends[lane : lane + 1] = [end_ns]
+        found.append(Span("collective", steps[number][2], start_ns, end_ns, name=name, lane=lane + 1))
     return found
 
 

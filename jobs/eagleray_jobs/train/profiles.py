@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eagleray.store.objects import ObjectStore
-from eagleray_jobs.train.trace import RankTimeline, chrome_trace, picture
+from eagleray_jobs.train.trace import RankTimeline, bubbles, chrome_trace, picture
 
 FOLDER = "profile"
 
@@ -17,8 +17,11 @@ def write_profile(
     """Write trace and picture into a run's folder of the store."""
     name = f"{folder}/{FOLDER}/steps-{steps[0]:08d}-{steps[-1]:08d}"
     about = about | {"first_step": steps[0], "last_step": steps[-1]}
-    store.put(f"{name}.json", chrome_trace(ranks, about))
     title = f"{about['run']}, {about['layout']}: steps {steps[0]} to {steps[-1]}"
+    if shares := bubbles(ranks):
+        about = about | dict(zip(("bubble", "ideal_bubble"), shares, strict=True))
+        title += "; bubble of the pipeline {:.1%}, of equal stages {:.1%}".format(*shares)
+    store.put(f"{name}.json", chrome_trace(ranks, about))
     store.put(f"{name}.svg", picture(ranks, title))
 
 

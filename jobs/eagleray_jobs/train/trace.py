@@ -93,6 +93,23 @@ def ideal_bubble(num_ranks: int, num_micro_batches: int, stages_per_rank: int = 
     return (num_ranks - 1) / (stages_per_rank * num_micro_batches + num_ranks - 1)
 
 
+def bubbles(ranks: Sequence[RankTimeline]) -> tuple[float, float] | None:
+    """Return the bubble of the run's pipelines, of several the median, and the ideal one; None: there are none."""
+    pipelines: dict[str, list[list[Span]]] = {}
+    for rank in ranks:
+        axes = rank.place.split(", ")
+        others = [axis for axis in axes if not axis.startswith("pp ")]
+        if len(others) < len(axes):
+            pipelines.setdefault(", ".join(others), []).append(rank.spans)
+    if not pipelines:
+        return None
+    members = next(iter(pipelines.values()))
+    passes = [span for spans in members for span in spans if span.kind in PASSES]
+    num_micro_batches, num_stages = len({s.micro_batch for s in passes}), len({s.stage for s in passes})
+    found = statistics.median(bubble(pipeline) for pipeline in pipelines.values())
+    return found, ideal_bubble(len(members), num_micro_batches, num_stages // len(members))
+
+
 ROW_HEIGHT, STRIP_HEIGHT, GAP, LEFT, TOP, WIDTH = 26, 8, 10, 150, 54, 1500
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,30 +13,44 @@ from eagleray.parallel.timeline import Kind, Span, Timeline
 from eagleray.store.objects import ObjectStore
 from eagleray_jobs.train.profile import profiled_steps
 from eagleray_jobs.train.profiles import find_profiles, write_profile
-from eagleray_jobs.train.trace import RankTimeline, bubble, chrome_trace, ideal_bubble, picture
+from eagleray_jobs.train.trace import RankTimeline, bubble, bubbles, chrome_trace, ideal_bubble, picture
 
 MS = 1_000_000
 
 
-def passes(*moments: tuple[Kind, int, int]) -> list[Span]:
+def passes(*moments: tuple[Kind, int, int], stage: int = 0) -> list[Span]:
     """Make the passes of one step, given in milliseconds, numbered as micro-batches of their kind."""
     numbers: dict[Kind, int] = {}
     spans = []
     for kind, start, end in moments:
         numbers[kind] = numbers.get(kind, -1) + 1
-        spans.append(Span(kind, 6, start * MS, end * MS, micro_batch=numbers[kind], stage=0))
+        spans.append(Span(kind, 6, start * MS, end * MS, micro_batch=numbers[kind], stage=stage))
     return spans
 
 
 # 1F1B of two stages and two micro-batches, forward 1 ms and backward 2 ms: one slot of each rank is empty.
 FIRST = passes(("forward", 0, 1), ("forward", 1, 2), ("backward", 4, 6), ("backward", 7, 9))
-SECOND = passes(("forward", 1, 2), ("backward", 2, 4), ("forward", 4, 5), ("backward", 5, 7))
+SECOND = passes(("forward", 1, 2), ("backward", 2, 4), ("forward", 4, 5), ("backward", 5, 7), stage=1)
 
 
 def test_the_bubble_is_what_the_ranks_do_not_compute() -> None:
     assert bubble([FIRST, SECOND]) == pytest.approx(1 - 12 / 18)
     assert bubble([FIRST, SECOND]) == pytest.approx(ideal_bubble(2, 2))
     assert bubble([passes(("forward", 3, 4), ("backward", 4, 6))]) == 0
+
+
+def test_each_pipeline_has_a_bubble_of_its_own_and_other_layouts_have_none() -> None:
+    slow = [replace(span, start_ns=2 * span.start_ns, end_ns=2 * span.end_ns) for span in SECOND]
+    ranks = [
+        RankTimeline(0, "pp 0, tp 0", FIRST),
+        RankTimeline(1, "pp 0, tp 1", FIRST),
+        RankTimeline(2, "pp 1, tp 0", SECOND),
+        RankTimeline(3, "pp 1, tp 1", slow),
+    ]
+    found, ideal = bubbles(ranks) or (0.0, 0.0)
+    assert ideal == pytest.approx(1 / 3)
+    assert found == pytest.approx((bubble([FIRST, SECOND]) + bubble([FIRST, slow])) / 2)
+    assert bubbles([RankTimeline(0, "dp 0", FIRST), RankTimeline(1, "", SECOND)]) is None
 
 
 def test_the_ideal_bubble_shrinks_with_micro_batches_and_stages() -> None:
@@ -82,8 +97,10 @@ def test_a_profile_lies_in_the_runs_folder_of_any_store(tmp_path: Path, s3_bucke
         for steps in ("00000006-00000008", "00000100-00000102")
         for kind in ("json", "svg")
     )
-    assert json.loads(store.get(names[0]))["otherData"] == about | {"first_step": 6, "last_step": 8}
-    ElementTree.fromstring(store.get(names[1]))
+    found = json.loads(store.get(names[0]))["otherData"]
+    assert (found.pop("bubble"), found.pop("ideal_bubble")) == pytest.approx((1 / 3, 1 / 3))
+    assert found == about | {"first_step": 6, "last_step": 8}
+    assert "bubble of the pipeline 33.3%" in "".join(ElementTree.fromstring(store.get(names[1])).itertext())
 
 
 @pytest.mark.parametrize(
