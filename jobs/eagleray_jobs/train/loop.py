@@ -23,6 +23,7 @@ from eagleray.parallel import (
     apply_pipeline,
     data_coordinate,
     gathered,
+    gathered_bytes,
 )
 from eagleray.projection import choose_before_projecting
 from eagleray.store.runs import run_dir
@@ -31,6 +32,7 @@ from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch
 from eagleray_jobs.train.evaluation import Evaluator
 from eagleray_jobs.train.exchange import Exchange
 from eagleray_jobs.train.lookout import Lookout, watched
+from eagleray_jobs.train.memory import keep_heap_small
 from eagleray_jobs.train.metrics import MetricWriter, Throughput, memory_bytes
 from eagleray_jobs.train.optimizer import build_optimizer
 from eagleray_jobs.train.parts import Parts
@@ -76,6 +78,7 @@ class _Loop:
         model = _cut(spec, parts)
         self.pipeline = model if isinstance(model, Pipeline) else None
         module = self.pipeline or parts.model
+        keep_heap_small(parts.device.type, gathered_bytes(module))
         if parts.probe is not None:
             parts.probe.cut(module)
         optimizer = build_optimizer(module, config)

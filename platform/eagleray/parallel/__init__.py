@@ -6,7 +6,7 @@ from eagleray.parallel.mesh import DataCoordinate, build_mesh, data_coordinate
 from eagleray.parallel.options import ParallelOptions
 from eagleray.parallel.pipeline import Pipeline
 from eagleray.parallel.plan import ParallelPlan, PipelineParts
-from eagleray.parallel.shard import gathered
+from eagleray.parallel.shard import gathered, gathered_bytes
 
 __all__ = [
     "DataCoordinate",
@@ -23,4 +23,5 @@ __all__ = [
     "check_supported",
     "data_coordinate",
     "gathered",
+    "gathered_bytes",
 ]

@@ -73,6 +73,17 @@ class Sharding:
         )
 
 
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the bytes of a sharded model's largest unit, whose weights are gathered together; 0: it has none."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    largest, counted = 0, set[nn.Parameter]()
+    for unit in reversed(units):  # inner ones come after those that hold them
+        own = set(unit.parameters()) - counted
+        counted |= own
+        largest = max(largest, sum(parameter.numel() * parameter.element_size() for parameter in own))
+    return largest
+
+
 @contextmanager
 def gathered(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[nn.Module]:
     """Hold the whole weights of a sharded model on every rank, so that its submodules can be called directly.
