@@ -125,7 +125,7 @@ class _Loop:
                     self.log(batch, rate, result, progress)
                 outcome = due.outcome or out_of_patience(self.config, progress)
                 if due.save or outcome:
-                    self.save(progress)
+                    self.save(progress, is_last=outcome is not None)
                 self.profile.end(progress.step)
         self.profile.finish()
         self.lookout.doing("end")
@@ -195,9 +195,9 @@ class _Loop:
         self.metrics.write(record)
         self.control.log(record)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, is_last: bool) -> None:
         self.lookout.doing(f"save of step {progress.step}")
-        self.step.release_gradients()  # a save copies weights and optimizer state
+        self.step.release_gradients()  # a save copies weights and optimizer state, if steps are to follow
         with self.timeline.span("save"):
             self.saves.start(
                 step=progress.step,
@@ -207,6 +207,7 @@ class _Loop:
                 metrics=progress.current_scores or {},
                 # A run that goes on from here does not repeat these steps: their records must be there.
                 before_commit=None if self.metrics is None else self.metrics.flush,
+                copy=not is_last,
             )
 
     def check_gradient(self, step: int, result: StepResult) -> None:

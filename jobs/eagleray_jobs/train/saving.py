@@ -32,8 +32,11 @@ class Saver(Protocol):
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
         before_commit: Callable[[], None] | None = None,
+        copy: bool = True,
     ) -> None:
-        """Copy the tensors and begin to write; waits first for the save in flight. Collective.
+        """Copy the tensors, unless they stay as they are, and begin to write; waits for the save in flight.
+
+        Collective.
 
         Raises:
             FencedError: The run was taken over.
@@ -102,11 +105,21 @@ class Saves:
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
         before_commit: Callable[[], None] | None = None,
+        copy: bool = True,
     ) -> None:
-        """Begin a save; one that is in flight is waited for and settled first."""
+        """Begin a save; one that is in flight is waited for and settled first.
+
+        `copy=False`: nothing changes the tensors any more, and they are written without a copy.
+        """
         self.finish()
         self._saver.save(
-            step=step, tensors=tensors, files=files, state=state, metrics=metrics, before_commit=before_commit
+            step=step,
+            tensors=tensors,
+            files=files,
+            state=state,
+            metrics=metrics,
+            before_commit=before_commit,
+            copy=copy,
         )
         self._num_started += 1
 

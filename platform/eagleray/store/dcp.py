@@ -50,12 +50,12 @@ _MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class HostShard:
-    """This rank's part of a tensor, copied to the host; DCP plans it through the method below.
+    """This rank's part of a tensor, on the host; DCP plans it through the method below.
 
     Attributes:
         shape: The whole tensor's.
         offsets: Where the part begins in it.
-        local: The part, contiguous in host memory, shared with nobody.
+        local: The part, in host memory.
     """
 
     shape: tuple[int, ...]
@@ -63,8 +63,13 @@ class HostShard:
     local: torch.Tensor
 
     @classmethod
-    def copy(cls, tensor: torch.Tensor) -> HostShard | None:
-        """Copy this rank's part of a tensor; None where it has none."""
+    def of(cls, tensor: torch.Tensor, *, copy: bool = True) -> HostShard | None:
+        """Take this rank's part of a tensor; None where it has none.
+
+        Args:
+            tensor: On any device.
+            copy: Whether its memory is the part's own; what is not in host memory is copied there in any case.
+        """
         shape, offsets, local = tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach()
         if isinstance(tensor, DTensor):
             if tensor.device_mesh.get_coordinate() is None:
@@ -73,6 +78,8 @@ class HostShard:
             offsets, local = tuple(chunks[0].offsets), tensor.to_local().detach()
         if local.numel() == 0 and 0 not in shape:
             return None
+        if not copy and local.device.type == "cpu":
+            return cls(shape, offsets, local)
         host = torch.empty(local.shape, dtype=local.dtype)
         host.copy_(local)
         return cls(shape, offsets, host)

@@ -118,6 +118,7 @@ class CheckpointSaver:
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
         before_commit: Callable[[], None] | None = None,
+        copy: bool = True,
     ) -> None:
         """Save a version. Collective; waits for the save in flight, copies to the host, writes in the background.
 
@@ -129,6 +130,8 @@ class CheckpointSaver:
             metrics: Scores at this step.
             before_commit: Called on the first rank in the background, when everything but the commit is written:
                 what must not be lost once the run can go on from here. What it raises fails the save.
+            copy: False: the tensors stay as they are until the save has ended. What is in host memory is then
+                written from where it lies, and a rank needs no memory for a second one of all that it holds.
 
         Raises:
             FencedError: The run was taken over.
@@ -141,7 +144,7 @@ class CheckpointSaver:
             step=step,
             peers=self._writers,
             attempt=f"{self._folder}-{self._num_saves}",
-            shards=_copy_to_host(tensors),
+            shards=_on_host(tensors, copy=copy),
             files={CONFIG_FILE: _config_json(self._config), STATE_FILE: canonical_json(state), **files},
             manifest={
                 "layout": str(self._layout),
@@ -342,9 +345,9 @@ def _find_versions() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _copy_to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, HostShard]:
-    copies = {name: HostShard.copy(tensor) for name, tensor in tensors.items()}
-    return {name: shard for name, shard in copies.items() if shard is not None}
+def _on_host(tensors: Mapping[str, torch.Tensor], *, copy: bool) -> dict[str, HostShard]:
+    parts = {name: HostShard.of(tensor, copy=copy) for name, tensor in tensors.items()}
+    return {name: shard for name, shard in parts.items() if shard is not None}
 
 
 def _config_json(config: RunConfig) -> bytes:

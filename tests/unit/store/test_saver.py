@@ -29,9 +29,16 @@ def saver_of(store: ObjectStore) -> CheckpointSaver:
     )
 
 
-def save_with(saver: CheckpointSaver, step: int, saved: dict[str, torch.Tensor] | None = None) -> None:
+def save_with(
+    saver: CheckpointSaver, step: int, saved: dict[str, torch.Tensor] | None = None, copy: bool = True
+) -> None:
     saver.save(
-        step=step, tensors=saved or tensors(), files={}, state={"step": step}, metrics={"bleu": float(step)}
+        step=step,
+        tensors=saved or tensors(),
+        files={},
+        state={"step": step},
+        metrics={"bleu": float(step)},
+        copy=copy,
     )
 
 
@@ -48,6 +55,19 @@ def test_the_training_may_change_tensors_at_once(tmp_path: Path) -> None:
     saver.close()
     read = Registry(ObjectStore.open(str(tmp_path))).open(NAME).tensors(prefix="")
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
+
+
+def test_tensors_that_stay_as_they_are_are_written_without_a_copy(tmp_path: Path) -> None:
+    gate, kept = Gate(), tensors()
+    saver = saver_of(FaultyStore(str(tmp_path), gate))
+    save_with(saver, 1, kept, copy=False)
+    assert gate.is_reached.wait(20)
+    kept["model.weight"].add_(1)  # shows that it is this memory
+    gate.is_open.set()
+    saver.wait()
+    saver.close()
+    read = Registry(ObjectStore.open(str(tmp_path))).open(NAME).tensors(prefix="")
+    assert all(torch.equal(read[name], tensor) for name, tensor in kept.items())
 
 
 def test_a_due_save_waits_for_the_one_in_flight(tmp_path: Path) -> None:
