@@ -63,6 +63,12 @@ class Case:
         """The layout."""
         return parse_layout(self.layout)
 
+    def __str__(self) -> str:
+        return (
+            f"Translator of width {self.width}, {self.num_layers} + {self.num_layers} layers, "
+            f"{self.rows} rows per step"
+        )
+
     def config(self) -> RunConfig:
         """Return the file of the run."""
         sizes = {"d_model": self.width, "max_position_embeddings": 128, "dropout": 0.0}

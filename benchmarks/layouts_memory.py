@@ -10,16 +10,14 @@ the process held before it built the model.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from layouts import Case, Data, in_fresh_processes, megabytes, train_ours
-from results_page import describe_machine, markdown_table, write_section
+from results_page import describe_machine, markdown_table, publish, smoke_and_write_options
 
 STATE = Case("single", width=512, num_layers=4, rows=16, steps=3)
 """About 30 million parameters, so that layers outweigh all that a process holds besides."""
@@ -123,24 +121,18 @@ def report(machine: str, quick: bool) -> str:
     layouts, recomputed = (LAYOUTS[:2], RECOMPUTED[:1]) if quick else (LAYOUTS, RECOMPUTED)
     return "\n\n".join(
         [
-            f"{machine}. Translator of width {STATE.width}, {STATE.num_layers} + {STATE.num_layers} layers, "
-            f"AdamW, float32, {STATE.rows} rows per step.",
+            f"{machine}. {STATE}, AdamW, float32.",
             state_table(STATE, data, layouts),
-            f"`activation_checkpointing`, width {ACTIVATIONS.width}, {ACTIVATIONS.rows} rows per step:",
+            f"`activation_checkpointing`. {ACTIVATIONS}:",
             recomputation_table(ACTIVATIONS, data, recomputed),
         ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few layouts: a smoke run")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section `memory` of this document")
+    parser = smoke_and_write_options(__doc__, "memory", "few layouts")
     options = parser.parse_args()
-    text = report(describe_machine(), options.quick)
-    print(text)
-    if options.write is not None:
-        write_section(options.write, "memory", text)
+    publish(report(describe_machine(), options.quick), "memory", options.write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the medians of the rounds' ratios; the first steps of each round are left out.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -24,13 +23,13 @@ from pathlib import Path
 import torch.distributed as dist
 from layouts import Case, Clock, Data, spread, train_ours
 from peers.inputs import build_loader
-from results_page import describe_machine, markdown_table, write_section
+from results_page import describe_machine, markdown_table, publish, smoke_and_write_options
 
 from eagleray.models import build_model
 from eagleray_jobs.verify.ranks import RankGroups
 
 TARGET = 0.95
-RUN_TIMEOUT_S, COLLECTIVE_TIMEOUT_S = 240.0, 120.0
+ROUND_TIMEOUT_S, TRAINER_TIMEOUT_S, COLLECTIVE_TIMEOUT_S = 120.0, 240.0, 120.0
 TRAINER = Path(__file__).parent / "peers" / "trainer_fsdp.py"
 NUM_SKIPPED = 10
 NUM_MICRO_BATCHES = 4
@@ -91,7 +90,7 @@ def alternate(case: Case, data: Data, num_rounds: int) -> list[Round]:
 def measure(groups: RankGroups, case: Case, data: Data, num_rounds: int) -> list[str]:
     """Return a layout's row."""
     group = groups(case.degrees.num_workers)
-    rounds: list[Round] = group.run(alternate, case, data, num_rounds, timeout_s=RUN_TIMEOUT_S)[0]
+    rounds: list[Round] = group.run(alternate, case, data, num_rounds, timeout_s=num_rounds * ROUND_TIMEOUT_S)[0]
     ours, by_hand = [each.ours for each in rounds], [each.by_hand for each in rounds]
     ratios = [each.ours / each.by_hand for each in rounds]
     print(f"{case.layout}: ours / by hand {spread(ratios, 3)}", file=sys.stderr, flush=True)
@@ -104,7 +103,7 @@ def ask_trainer(case: Case) -> str:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TRAINER)]
     words += [str(number) for number in (case.width, case.num_layers, case.rows, case.steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=TRAINER_TIMEOUT_S)
     version = importlib.metadata.version("accelerate")
     about = f"transformers' `Trainer` with `fsdp=True` on two CPU processes (accelerate {version})"
     if done.returncode:
@@ -120,12 +119,12 @@ def report(machine: str, layouts: Sequence[str], num_rounds: int, quick: bool) -
     """Measure everything and return the table."""
     data = Data.prepare()
     case = replace(CASE, parallel={"num_microbatches": NUM_MICRO_BATCHES})
-    case = replace(case, steps=15) if quick else case
+    if quick:
+        case, num_rounds = replace(case, steps=15), 1
     with RankGroups(COLLECTIVE_TIMEOUT_S) as groups:
         rows = [measure(groups, replace(case, layout=layout), data, num_rounds) for layout in layouts]
     about = (
-        f"{machine}. Translator of width {CASE.width}, {CASE.num_layers} + {CASE.num_layers} layers, {CASE.rows} "
-        f"rows per step, 1F1B with {NUM_MICRO_BATCHES} micro-batches; {num_rounds} rounds, steps "
+        f"{machine}. {case}, 1F1B with {NUM_MICRO_BATCHES} micro-batches; {num_rounds} rounds, steps "
         f"{NUM_SKIPPED + 1} to {case.steps} of each."
     )
     headers = ["layout", "ours, steps/s", "slowest to fastest", "by hand", "slowest to fastest", "ratio", "target"]
@@ -133,19 +132,15 @@ def report(machine: str, layouts: Sequence[str], num_rounds: int, quick: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of few steps: a smoke run")
+    parser = smoke_and_write_options(__doc__, "layouts", "one round of few steps")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="which ones")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each layout")
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="replace the section `layouts` of this document"
-    )
     options = parser.parse_args()
-    layouts = options.layouts.split(",")
-    text = report(describe_machine(), layouts, 1 if options.quick else options.rounds, options.quick)
-    print(text)
-    if options.write is not None:
-        write_section(options.write, "layouts", text)
+    publish(
+        report(describe_machine(), options.layouts.split(","), options.rounds, options.quick),
+        "layouts",
+        options.write,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ these stages` is the ideal of stages as unequal as those measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from layouts import Case, Data, in_fresh_processes, train_ours
-from results_page import describe_machine, markdown_table, write_section
+from results_page import describe_machine, markdown_table, publish, smoke_and_write_options
 
 from eagleray.parallel.timeline import Span
 from eagleray_jobs.train.trace import PASSES, bubble, ideal_bubble
@@ -104,22 +103,13 @@ def report(machine: str, quick: bool) -> str:
         "ratio",
         "of these stages",
     ]
-    about = (
-        f"{machine}. Translator of width {CASE.width}, {CASE.num_layers} + {CASE.num_layers} layers, {CASE.rows} "
-        "rows per step; medians of ten steps."
-    )
-    return f"{about}\n\n{markdown_table(headers, rows)}"
+    return f"{machine}. {CASE}; medians of ten steps.\n\n{markdown_table(headers, rows)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one schedule: a smoke run")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section `bubble` of this document")
+    parser = smoke_and_write_options(__doc__, "bubble", "one schedule")
     options = parser.parse_args()
-    text = report(describe_machine(), options.quick)
-    print(text)
-    if options.write is not None:
-        write_section(options.write, "bubble", text)
+    publish(report(describe_machine(), options.quick), "bubble", options.write)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,29 @@ def replace_section(document: str, name: str, body: str) -> str:
 def write_section(path: Path, name: str, body: str) -> None:
     """Replace a section of a file."""
     path.write_text(replace_section(path.read_text(encoding="utf-8"), name, body), encoding="utf-8")
+
+
+def smoke_and_write_options(about: str | None, section: str, smoke: str) -> argparse.ArgumentParser:
+    """Return a parser of `--quick` and `--write`.
+
+    Args:
+        about: The benchmark's own words on itself.
+        section: What `--write` replaces.
+        smoke: What `--quick` leaves.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{smoke}: a smoke run")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help=f"replace the section `{section}` of this document"
+    )
+    return parser
+
+
+def publish(text: str, section: str, path: Path | None) -> None:
+    """Print what was measured, and put it in its place in a document."""
+    print(text)
+    if path is not None:
+        write_section(path, section, text)
 
 
 def describe_machine() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 from footprints import Held, update_once
+from layouts import Data
+from layouts_memory import STATE, measure
 from ranks import RankGroup
 
 from eagleray.config.layout import parse_layout
@@ -55,6 +57,17 @@ def test_two_stages_on_a_rank_are_counted_together(group: Groups) -> None:
     for held in group(2).run(update_once, "marian", degrees, DEEP["marian"], options):
         assert astuple(held.measured)[:2] == astuple(held.estimated)[:2]
         assert_close(held, tolerance=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_peak_of_whoever_holds_a_part_is_well_below_that_of_whoever_holds_all() -> None:
+    data = Data.prepare()
+    peaks = {
+        layout: measure(replace(STATE, layout=layout), data).peak for layout in ("ddp2", "fsdp2", "tp2", "pp2")
+    }
+    whole = peaks.pop("ddp2")
+    assert max(peaks.values()) < 0.8 * whole, peaks | {"ddp2": whole}
 
 
 def assert_close(held: Held, tolerance: float) -> None:
