@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from eagleray.config.schema import TrainConfig
 from eagleray.errors import NonFiniteLossError
@@ -25,6 +27,7 @@ from eagleray.parallel import (
     gathered,
     gathered_bytes,
 )
+from eagleray.parallel.footprint import storage_bytes
 from eagleray.projection import choose_before_projecting
 from eagleray.store.runs import run_dir
 from eagleray_jobs.data.cursor import Cursor
@@ -44,6 +47,8 @@ from eagleray_jobs.train.schedule import learning_rate
 from eagleray_jobs.train.spec import Control, LoopResult, MetricRecord, WorkerSpec
 from eagleray_jobs.train.state import TrainState
 from eagleray_jobs.train.step import StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
@@ -102,6 +107,7 @@ class _Loop:
         last_ref = parts.resume.ref if parts.resume is not None else None
         prune = parts.prune if self.is_first else None
         self.saves = Saves(parts.saver, control, last_ref, prune, self.exchange.meet)
+        self.copies_saves: bool | None = None
         self.throughput = Throughput()
         self.metrics: MetricWriter | None = None
 
@@ -199,16 +205,35 @@ class _Loop:
         self.lookout.doing(f"save of step {progress.step}")
         self.step.release_gradients()  # a save copies weights and optimizer state, if steps are to follow
         with self.timeline.span("save"):
+            tensors = self.state.tensors()
+            copy = not is_last and self.saves_are_copied(tensors)
             self.saves.start(
                 step=progress.step,
-                tensors=self.state.tensors(),
+                tensors=tensors,
                 files=self.parts.files,
                 state=self.state.record(progress),
                 metrics=progress.current_scores or {},
                 # A run that goes on from here does not repeat these steps: their records must be there.
                 before_commit=None if self.metrics is None else self.metrics.flush,
-                copy=not is_last,
+                copy=copy,
             )
+            if not copy and not is_last:  # the next step changes them
+                self.saves.finish()
+
+    def saves_are_copied(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Say whether steps go on during saves: where a copy has no room on a rank, they wait.
+
+        Found out at the first save of a run, by all ranks. Tensors on a GPU are copied to the host in any case.
+        """
+        if self.copies_saves is None:
+            has_room = self.parts.device.type != "cpu" or self.parts.has_room(storage_bytes(tensors.values()))
+            self.copies_saves = self.exchange.sum([not has_room])[0] == 0
+            if not self.copies_saves and self.is_first:
+                logger.warning(
+                    "steps wait for saves: a copy of what is saved has no room within "
+                    "resources.worker_memory_limit_bytes"
+                )
+        return self.copies_saves
 
     def check_gradient(self, step: int, result: StepResult) -> None:
         """Before anything is shown or stored: the gradient of a finite loss can spoil the weights, too."""

@@ -15,6 +15,8 @@ from eagleray.errors import WorkerMemoryError
 
 POLL_S = 0.02
 GIVE_BACK_INTERVAL_S = 1.0
+ROOM_SHARE = 0.95
+"""Of a limit, for what is planned: a peak may lie between two looks, and the next step may have longer rows."""
 LARGE_BLOCK_BYTES = 1 << 20
 LARGE_UNIT_BYTES = 8 << 20
 """Smaller layers are gathered into blocks that do no harm in the heap, and are quicker there."""
@@ -45,6 +47,7 @@ class MemoryGuard:
 
     def __init__(self, limit_bytes: int | None, exceeded: Callable[[int], None]) -> None:
         self._limit_bytes, self._exceeded = limit_bytes, exceeded
+        self._peak_bytes = 0
         self._closed = threading.Event()
 
     def __enter__(self) -> MemoryGuard:
@@ -56,10 +59,18 @@ class MemoryGuard:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Say whether this process could hold so much more than it ever held, and stay within its limit."""
+        if self._limit_bytes is None:
+            return True
+        return max(self._peak_bytes, own_memory_bytes()) + num_bytes <= ROOM_SHARE * self._limit_bytes
+
     def _watch(self, limit_bytes: int) -> None:
         given_back_at = 0.0
         while not self._closed.wait(POLL_S):
-            if own_memory_bytes() <= limit_bytes:
+            held = own_memory_bytes()
+            self._peak_bytes = max(self._peak_bytes, held)
+            if held <= limit_bytes:
                 continue
             if time.monotonic() > given_back_at + GIVE_BACK_INTERVAL_S:
                 give_back_free_memory()

@@ -69,6 +69,7 @@ class Parts:
         prune: Applies `train.save_total_limit`, on rank 0.
         probe: Sees what is trained, and the gradients of every step.
         lookout: Tells the other ranks where this one is; None: the loop makes one.
+        has_room: Says whether this rank may hold so many bytes more than it ever held.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Parts:
     prune: Callable[[], object] | None = None
     probe: Probe | None = None
     lookout: Lookout | None = None
+    has_room: Callable[[int], bool] = lambda num_bytes: True
 
 
 def assemble(
@@ -95,6 +97,7 @@ def assemble(
     *,
     extra_sinks: Callable[[], Sequence[MetricSink]] = tuple,
     lookout: Lookout | None = None,
+    has_room: Callable[[int], bool] = lambda num_bytes: True,
 ) -> Parts:
     """Open the data, build the model and find the version to go on from; called by all ranks together.
 
@@ -103,6 +106,7 @@ def assemble(
         device: Where this rank computes.
         extra_sinks: Makes further places for metrics, on rank 0.
         lookout: Tells the other ranks where this one is.
+        has_room: Says whether this rank may hold so many bytes more than it ever held.
 
     Raises:
         ConfigError: The file asks for what the device or this version cannot do.
@@ -139,6 +143,7 @@ def assemble(
         sinks=partial(make_sinks, spec, extra_sinks),
         prune=_retention(spec),
         lookout=lookout,
+        has_room=has_room,
     )
 
 

@@ -42,9 +42,9 @@ def train_on_worker(payload: dict[str, Any]) -> None:
     try:
         with (
             logging_to(run=f"{spec.run.name}@r{spec.run.run}", rank=rank),
-            MemoryGuard(limit_bytes, partial(_end_over_limit, board, rank, limit_bytes)),
+            MemoryGuard(limit_bytes, partial(_end_over_limit, board, rank, limit_bytes)) as guard,
         ):
-            result = _train(spec, board, rank, restarts)
+            result = _train(spec, board, rank, restarts, guard)
     except BaseException as error:
         failure = RankFailure.of(rank, as_memory_error(rank, error) or error)
         ray.get(board.fail.remote(failure), timeout=POST_TIMEOUT_S)
@@ -54,7 +54,7 @@ def train_on_worker(payload: dict[str, Any]) -> None:
         ray.get(board.finish.remote(result), timeout=POST_TIMEOUT_S)
 
 
-def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult:
+def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int, guard: MemoryGuard) -> LoopResult:
     from ray.train.torch import get_device
 
     from eagleray_jobs.train.lookout import Lookout, watched
@@ -73,7 +73,13 @@ def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int) -> LoopResult
         lookout.doing("load model")
         if rank == 0:
             board.post.remote(Phase("load model", restarts))
-        parts = assemble(spec, get_device(), extra_sinks=lambda: [RayMetrics(spec.config.name)], lookout=lookout)
+        parts = assemble(
+            spec,
+            get_device(),
+            extra_sinks=lambda: [RayMetrics(spec.config.name)],
+            lookout=lookout,
+            has_room=guard.has_room,
+        )
         settle_memory()
         return run_loop(spec, parts, control)
 

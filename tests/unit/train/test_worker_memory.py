@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ from eagleray.config.layout import parse_layout
 from eagleray.config.schema import RunConfig
 from eagleray.errors import WorkerError, WorkerMemoryError
 from eagleray_jobs.train.failures import RankFailure, find_fatal, merge
-from eagleray_jobs.train.memory import as_memory_error, ended_for_memory, over_limit, own_memory_bytes, show_bytes
+from eagleray_jobs.train.memory import (
+    POLL_S,
+    MemoryGuard,
+    as_memory_error,
+    ended_for_memory,
+    over_limit,
+    own_memory_bytes,
+    show_bytes,
+)
 from eagleray_jobs.train.needs import Needs, find_needs
 
 HOLDS_TOO_MUCH = """
@@ -41,6 +50,20 @@ def test_a_process_that_holds_more_than_its_limit_is_ended_and_address_space_doe
     done = subprocess.run([sys.executable, "-c", HOLDS_TOO_MUCH], capture_output=True, text=True, timeout=60)
     alive, held = done.stdout.splitlines()
     assert done.returncode == 7 and int(held) > int(alive.split()[1])
+
+
+def test_there_is_room_for_what_fits_beside_the_most_that_was_held() -> None:
+    def unexpected(held: int) -> None:
+        raise AssertionError(held)
+
+    with MemoryGuard(None, unexpected) as without_limit:
+        assert without_limit.has_room(10**15)
+    with MemoryGuard(own_memory_bytes() + 1_000_000_000, unexpected) as guard:
+        assert guard.has_room(600_000_000) and not guard.has_room(1_000_000_000)
+        held = torch.ones(100_000_000)
+        time.sleep(10 * POLL_S)
+        del held
+        assert guard.has_room(300_000_000) and not guard.has_room(600_000_000)
 
 
 KEEPS_FREED_MEMORY = """
