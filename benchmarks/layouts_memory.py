@@ -5,7 +5,7 @@ tensors of the fullest rank keep alive after an update; the formula is that of Z
 2019, arXiv 1910.02054) for its parameters. The peak is the largest resident memory without mapped files, less what
 the process held before it built the model.
 
-    python benchmarks/layouts_memory.py [--quick] [--write docs/benchmarks.md]
+    python benchmarks/layouts_memory.py [memory | recomputation] [--quick] [--write docs/benchmarks.md]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from results_page import describe_machine, markdown_table, publish, smoke_and_wr
 
 STATE = Case("single", width=512, num_layers=4, rows=16, steps=3)
 """About 30 million parameters, so that layers outweigh all that a process holds besides."""
-ACTIVATIONS = replace(STATE, width=256, rows=256, train={"group_by_length": True})
+ACTIVATIONS = replace(STATE, width=256, rows=128, steps=2, train={"group_by_length": True})
 LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "hsdp2x2", "fsdp4", "fsdp2.tp2", "pp2.fsdp2", "pp2.tp2")
 RECOMPUTED = ("ddp2", "fsdp2", "tp2", "pp2")
 POLL_S = 0.005
@@ -111,28 +111,33 @@ def recomputation_table(case: Case, data: Data, layouts: tuple[str, ...]) -> str
         for mode in ("none", "selective", "full"):
             found = measure(replace(case, layout=layout, parallel={"activation_checkpointing": mode}), data)
             peaks.append(megabytes(found.peak))
+        print(f"{layout}: peaks {', '.join(peaks)} MB", file=sys.stderr, flush=True)
         rows.append([layout, *peaks])
     return markdown_table(["peak of a process, MB", "none", "selective", "full"], rows)
 
 
-def report(machine: str, quick: bool) -> str:
-    """Measure everything and return the tables."""
-    data = Data.prepare()
-    layouts, recomputed = (LAYOUTS[:2], RECOMPUTED[:1]) if quick else (LAYOUTS, RECOMPUTED)
-    return "\n\n".join(
-        [
-            f"{machine}. {STATE}, AdamW, float32.",
-            state_table(STATE, data, layouts),
-            f"`activation_checkpointing`. {ACTIVATIONS}:",
-            recomputation_table(ACTIVATIONS, data, recomputed),
-        ]
-    )
+def report_state(machine: str, data: Data, quick: bool) -> str:
+    """Measure what layouts hold, and return the table."""
+    table = state_table(STATE, data, LAYOUTS[:2] if quick else LAYOUTS)
+    return f"{machine}. {STATE}, AdamW, float32.\n\n{table}"
+
+
+def report_recomputation(machine: str, data: Data, quick: bool) -> str:
+    """Measure what recomputing activations spares, and return the table."""
+    table = recomputation_table(ACTIVATIONS, data, RECOMPUTED[:1] if quick else RECOMPUTED)
+    return f"{machine}. {ACTIVATIONS}, the longest together.\n\n{table}"
+
+
+REPORTS = {"memory": report_state, "recomputation": report_recomputation}
 
 
 def main() -> None:
-    parser = smoke_and_write_options(__doc__, "memory", "few layouts")
+    parser = smoke_and_write_options(__doc__, "memory` or `recomputation", "few layouts")
+    parser.add_argument("what", choices=tuple(REPORTS), nargs="*", help="both by default")
     options = parser.parse_args()
-    publish(report(describe_machine(), options.quick), "memory", options.write)
+    data = Data.prepare()
+    for section in options.what or REPORTS:
+        publish(REPORTS[section](describe_machine(), data, options.quick), section, options.write)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_a_document_without_its_marks_is_refused(document: str) -> None:
         replace_section(document, "training", "new")
 
 
-@pytest.mark.parametrize("name", ["training", "layouts", "memory", "bubble", "serving", "bulk"])
+@pytest.mark.parametrize("name", ["training", "layouts", "memory", "recomputation", "bubble", "serving", "bulk"])
 def test_the_page_has_a_section_for_every_benchmark(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "benchmarks.md"
     copy.write_text(BENCHMARKS_PAGE.read_text())
