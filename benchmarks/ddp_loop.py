@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peers.ddp import train_by_hand
+from peers.ddp import exchanging, train_by_hand
 from peers.inputs import build_loader
 
 from eagleray.config.layout import Layout
@@ -151,7 +151,7 @@ def by_hand(config: RunConfig, task: Task, processor: Processor, rows: EncodedRo
     watch, rank = Stopwatch(), dist.get_rank()
     loader = build_loader(config.train, task, processor, rows, rank=rank, world=NUM_WORKERS)
     with (Path(folder) / "by_hand.txt").open("a") as log:
-        train_by_hand(build_model(config, processor, "cpu"), config.train, loader, log, watch.tick)
+        train_by_hand(exchanging(build_model(config, processor, "cpu")), config.train, loader, log, watch.tick)
     return watch.step_s()
 
 

@@ -42,7 +42,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = ROOT / "configs" / "en-fr.yaml"
 RUN_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
-PEERS: Mapping[Kind, str] = {"by hand": "peers.ddp", "Trainer": "peers.trainer"}
+PEERS: Mapping[Kind, tuple[str, ...]] = {
+    "by hand": ("peers.ddp",),
+    "apart": ("peers.ddp", "--no-exchange"),
+    "Trainer": ("peers.trainer",),
+}
 
 
 class Bench:
@@ -90,7 +94,7 @@ class Bench:
         (fingerprint,) = (path.name for path in (self._store / "data").iterdir())
         times = self._folder / f"{name}.times"
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words += [f"--nproc-per-node={side.num_workers}", "-m", PEERS[side.kind]]
+        words += [f"--nproc-per-node={side.num_workers}", "-m", *PEERS[side.kind]]
         words += ["--config", str(config), "--data", fingerprint, "--times", str(times)]
         started = time.monotonic()
         run_to_end(words, self._env, self._folder / f"{name}.out")

@@ -17,7 +17,7 @@ HAND_TARGET, SCALING_TARGET, SAVE_TARGET = 0.97, 1.85, 0.03
 LOGGING_STEPS = 10
 PHASES = ("claim", "start Ray", "prepare data", "start workers", "load model", "first step")
 
-Kind = Literal["eagleray", "by hand", "Trainer"]
+Kind = Literal["eagleray", "by hand", "apart", "Trainer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,9 @@ class Side:
 OURS, SAVING, BY_HAND, TRAINER = Side("eagleray"), Side("eagleray", saves=True), Side("by hand"), Side("Trainer")
 TWO, ONE = (Side("eagleray", number, MANY_ROWS) for number in (2, 1))
 TWO_BY_HAND, ONE_BY_HAND = (Side("by hand", number, MANY_ROWS) for number in (2, 1))
+APART = Side("apart", 2, MANY_ROWS)
 # The first one prepares the data. What is compared stands side by side: the speed of a machine drifts.
-SIDES = (OURS, BY_HAND, SAVING, TRAINER, TWO, ONE, TWO_BY_HAND, ONE_BY_HAND)
+SIDES = (OURS, BY_HAND, SAVING, TRAINER, TWO, ONE, TWO_BY_HAND, ONE_BY_HAND, APART)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ def scaling_table(runs: Measured) -> str:
     for label, one, two, target in (
         ("eagleray train", ONE, TWO, f">= {SCALING_TARGET}"),
         ("DDP loop by hand, torchrun", ONE_BY_HAND, TWO_BY_HAND, ""),
+        ("the same, exchanging nothing", ONE_BY_HAND, APART, ""),
     ):
         speeds = [f"{median(runs[side]) * side.batch_size:.0f}" for side in (one, two)]
         rows.append([label, *speeds, f"{ratio(runs, two, one) * two.batch_size / one.batch_size:.2f}", target])

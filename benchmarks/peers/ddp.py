@@ -27,8 +27,6 @@ def train_by_hand(
 ) -> None:
     """Train on this rank's batches, one step each."""
     assert train.max_steps is not None
-    if dist.get_world_size() > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, weight_decay=0.0, fused=True)
     for step, batch in enumerate(batches, start=1):
         for group in optimizer.param_groups:
@@ -43,6 +41,11 @@ def train_by_hand(
         step_ended()
 
 
+def exchanging(model: nn.Module) -> nn.Module:
+    """Have gradients averaged over the workers, if there are several."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.get_world_size() > 1 else model
+
+
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
     logits = model(**inputs, use_cache=False).logits
@@ -55,8 +58,9 @@ def main() -> None:
     inputs, times = read_inputs(), StepTimes()
     rank, world = dist.get_rank(), dist.get_world_size()
     loader = build_loader(inputs.train, inputs.task, inputs.processor, inputs.rows, rank=rank, world=world)
+    model = exchanging(inputs.model()) if inputs.exchange else inputs.model()
     with open(os.devnull, "w") if rank else inputs.times_path.with_suffix(".log").open("w") as log:
-        train_by_hand(inputs.model(), inputs.train, loader, log, times.step_ended)
+        train_by_hand(model, inputs.train, loader, log, times.step_ended)
     if rank == 0:
         times.write(inputs.times_path)
     dist.destroy_process_group()

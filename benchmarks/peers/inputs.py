@@ -45,6 +45,7 @@ class Inputs:
         processor: Of the prepared data.
         rows: The training split.
         times_path: Where rank 0 writes the ends of the steps.
+        exchange: Whether workers exchange gradients.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Inputs:
     processor: Processor
     rows: Rows
     times_path: Path
+    exchange: bool = True
 
     @property
     def train(self) -> TrainConfig:
@@ -76,12 +78,14 @@ def read_inputs() -> Inputs:
     parser.add_argument("--config", type=Path, required=True, help="the file that `eagleray train` runs")
     parser.add_argument("--data", required=True, help="fingerprint of the data that it prepared")
     parser.add_argument("--times", type=Path, required=True, help="where the times of the steps go")
+    parser.add_argument("--no-exchange", action="store_true", help="each worker trains a model of its own")
     options = parser.parse_args()
     config = RunConfig.model_validate(yaml.safe_load(options.config.read_text()))
     assert config.store is not None
     task = load_task(config)
     data = PreparedData(ObjectStore.open(config.store), options.data)
-    return Inputs(config, task, task.load_processor(data.processor_files), data.split("train"), options.times)
+    processor = task.load_processor(data.processor_files)
+    return Inputs(config, task, processor, data.split("train"), options.times, not options.no_exchange)
 
 
 class RowDataset(Dataset[Features]):
