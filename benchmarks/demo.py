@@ -207,6 +207,7 @@ def _show_next_steps(console: Console, elapsed_s: float) -> None:
     console.print(f"The store is {Path('store').absolute()}. Go on with:\n", soft_wrap=True)
     for command in ("models list", "evaluate configs/en-fr.yaml", f"serve {' '.join(FILES)}"):
         console.print(f"  .venv/bin/eagleray {command}")
+    console.print("\nand then open http://127.0.0.1:8000/ and type.")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,23 @@ export function showAbout(model) {
     fact.append(make("dt", {}, name), make("dd", {}, value));
     return fact;
   }));
+  showKinds(Object.entries(model.scores ?? {}).filter(([name]) => name.includes("/")));
   element("about").hidden = false;
+}
+
+/** Show scores such as `chrf/date` as a table: a row for each kind, a column for each measure. */
+function showKinds(scores) {
+  const split = scores.map(([name, score]) => [name.slice(0, name.indexOf("/")), name.slice(name.indexOf("/") + 1), score]);
+  const measures = [...new Set(split.map(([measure]) => measure))];
+  const rows = new Map();
+  for (const [measure, kind, score] of split) rows.set(kind, { ...rows.get(kind), [measure]: amount(score) });
+  const head = make("tr", {}, ...["kind", ...measures].map((name) => make("th", { scope: "col" }, name)));
+  const body = [...rows].map(([kind, found]) => {
+    const cells = measures.map((measure) => make("td", {}, found[measure] ?? ""));
+    return make("tr", {}, make("th", { scope: "row" }, kind), ...cells);
+  });
+  replaceWhereChanged(element("kinds-table"), [make("thead", {}, head), make("tbody", {}, ...body)]);
+  element("kinds").hidden = !scores.length;
 }
 
 function replicas(model) {
@@ -97,15 +113,25 @@ function facts(model) {
   const rollout = model.rollout ?? {};
   const found = [["Version", model.version], ["State", model.state]];
   if (rollout.follow) found.push(["Follows", rollout.follow]);
-  if (rollout.canary) found.push(["Canary", `${rollout.canary.version}, ${rollout.canary.percent} %`]);
+  if (rollout.canary) found.push(["Canary", `${rollout.canary.version}, ${rollout.canary.percent}\u00a0%`]);
   if (rollout.loading) found.push(["Being loaded", rollout.loading.version]);
-  for (const [name, score] of Object.entries(model.scores ?? {})) found.push([name, amount(score)]);
+  for (const [name, score] of Object.entries(model.scores ?? {})) if (!name.includes("/")) found.push([name, amount(score)]);
   if (model.limits?.max_items) found.push(["Items in a request", `up to ${amount(model.limits.max_items)}`]);
   if (model.limits?.request_timeout_s) found.push(["Time limit", `${amount(model.limits.request_timeout_s)} s`]);
+  const aim = model.replicas?.autoscaling?.target_replicas;
+  if (aim !== undefined) found.push(["Autoscaling aims at", count(aim, "replica")]);
+  for (const [version, figures] of Object.entries(rollout.requests ?? {})) {
+    if (figures.requests) found.push([`Answered by ${version}`, figured(figures), true]);
+  }
   if (model.labels?.length) found.push(["Labels", labels(model.labels), true]);
   if (rollout.refused) found.push(["Refused", `${rollout.refused.version}: ${rollout.refused.reason}`, true]);
   if (rollout.problem) found.push(["Problem", rollout.problem, true]);
   return found;
+}
+
+function figured({ requests, errors, p50_ms: half, p95_ms: most }) {
+  const times = half === null ? "" : `; half of them within ${amount(half)} ms, 95 % within ${amount(most)} ms`;
+  return `${count(requests, "request")}, ${count(errors, "error")}${times}`;
 }
 
 function labels(all) {

@@ -37,7 +37,7 @@ async function look() {
     showServer("is-bad", error instanceof Refusal ? `the server refuses: ${error.message}` : "the server does not answer; looking again");
     if (error.status === 401) askForKey(error);
   }
-  lookTimer = setTimeout(look, LOOK_EVERY_MS);
+  if (!document.hidden) lookTimer = setTimeout(look, LOOK_EVERY_MS);
 }
 
 function hashedName() {

@@ -18,11 +18,29 @@ from eagleray_serving.protection import Protection
 from eagleray_serving.schema import WireError
 
 LIMITS = {"max_items": 10_000, "max_item_characters": 120, "request_timeout_s": 60.0}
+SCORES = {
+    "exact_match": 0.9875,
+    "exact_match/date": 1.0,
+    "exact_match/unit": 0.9,
+    "chrf": 98.71,
+    "chrf/date": 99.5,
+}
 LANGUAGES = ("de", "en", "es", "fr", "it", "nl", "pl", "pt", "ro", "sv", "tr", "uk")
-TRANSLATOR = replace(EN_FR, limits=LIMITS, scores={"exact_match": 0.9875, "chrf": 98.71})
+TRANSLATOR = replace(EN_FR, limits=LIMITS, scores=SCORES)
 CLASSIFIER = replace(LANGID, limits=LIMITS, labels=LANGUAGES)
 READER = replace(DIGITS, limits=LIMITS, labels=tuple("0123456789"))
 OTHER = replace(OWN, limits=LIMITS, columns=("left", "right"))
+# As `views.view` shows a canary.
+ROLLOUT = {
+    "current": TRANSLATOR.version,
+    "previous": None,
+    "follow": "production",
+    "canary": {"version": "r2-step-00000400", "percent": 10},
+    "loading": None,
+    "refused": {"what": "refused", "version": "r1-step-00000900", "reason": "chrf is lower"},
+    "requests": {"r2-step-00000400": {"requests": 12, "errors": 1, "p50_ms": 18.5, "p95_ms": 40}},
+    "scores": TRANSLATOR.scores,
+}
 
 
 def guess(value: Any) -> dict[str, Any]:
@@ -77,7 +95,14 @@ class PageServer:
             card.path: services[card.name].application() for card, _, _ in answerers
         }
         cards = [card for card, _, _ in answerers]
-        self._edge = Edge(cards, FakeFleet(services), max_body_bytes=10**6, body_timeout_s=5, gate=gate)
+        self._edge = Edge(
+            cards,
+            FakeFleet(services),
+            max_body_bytes=10**6,
+            body_timeout_s=5,
+            gate=gate,
+            versions=lambda: {EN_FR.name: ROLLOUT},
+        )
         self._queue = Metrics()
         self._queue.watch_queue(lambda: 340)
         self._application = self._edge.application()

@@ -10,17 +10,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
 from live import live
 from page_server import LIMITS, PageServer
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from serving_fakes import EN_FR
 
 from eagleray_serving.keys import KeyFile, new_key
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no Playwright here; install it with: pip install --editable '.[dev]'"
+)
+expect = playwright.expect
 pytestmark = pytest.mark.slow
 
 TIMEOUT_MS = 20_000
@@ -35,8 +42,8 @@ def browser() -> Iterator[Browser]:
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.skip("no Chromium here; install it with: apt-get install chromium")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found)
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found)
         expect.set_options(timeout=TIMEOUT_MS)
         yield chromium
         chromium.close()
@@ -94,6 +101,13 @@ def test_a_model_is_chosen_and_answers_with_its_version_time_and_replicas(page: 
     expect(page.locator("#replicas")).to_contain_text("1 ready")
     expect(page.locator("#replicas")).to_contain_text("340 tokens waiting")
     expect(page.locator("#about-facts")).to_contain_text("0.9875")
+    page.get_by_text("Scores by kind").click()
+    rows = page.locator("#kinds-table tr")
+    assert [row.inner_text().split() for row in rows.all()] == [
+        ["kind", "exact_match", "chrf"],
+        ["date", "1", "99.5"],
+        ["unit", "0.9"],
+    ]
     send(page, "tuesday, december 5")
     expect(page.locator("#answer")).to_have_text("TUESDAY, DECEMBER 5")
     expect(page.locator("#answer")).to_have_attribute("aria-busy", "false")
@@ -101,6 +115,17 @@ def test_a_model_is_chosen_and_answers_with_its_version_time_and_replicas(page: 
     assert "ms, first words after" in page.locator("#fact-time").inner_text()
     assert len(page.locator("#fact-request").inner_text()) == 32
     expect(page.locator("#curl")).to_contain_text("""-d '{"text":"tuesday, december 5"}'""")
+
+
+def test_a_canary_is_shown_with_its_share_and_its_figures(page: Page) -> None:
+    facts = page.locator("#about-facts")
+    for words in (
+        "production",
+        "r2-step-00000400, 10 %",
+        "12 requests, 1 error; half of them within 18.5 ms, 95 % within 40 ms",
+        "r1-step-00000900: chrf is lower",
+    ):
+        expect(facts.get_by_text(words, exact=True)).to_be_visible()
 
 
 def test_a_translation_grows_and_can_be_stopped(browser: Browser) -> None:
