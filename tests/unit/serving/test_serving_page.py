@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
-from serving_fakes import EN_FR, FakeFleet, call, service
+from serving_fakes import EN_FR, LANGID, FakeFleet, call, service
 
 from eagleray_serving.edge import Edge
 from eagleray_serving.gate import Gate
@@ -162,6 +162,20 @@ def test_a_plan_keeps_labels_and_columns_on_its_way_through_json(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_classifier_tells_the_labels_that_its_checkpoint_holds() -> None:
+    from eagleray.tasks.classification import labels_file
+    from eagleray_serving.plan import _labels
+
+    class Files:
+        def __init__(self, files: dict[str, bytes]) -> None:
+            self.files = lambda: files
+
+    held = Files(labels_file(["non", "oui"]))
+    assert _labels(LANGID, held) == ("non", "oui")  # type: ignore[arg-type]
+    assert _labels(LANGID, Files({})) == (), "a task of one's own may keep them elsewhere"  # type: ignore[arg-type]
+    assert _labels(EN_FR, held) == ()  # type: ignore[arg-type]
+
+
 def test_the_wheel_holds_every_file_of_the_page(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="nothing builds a wheel here; pip install --editable '.[dev]'")
     words = ["-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
