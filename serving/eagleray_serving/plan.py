@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eagleray.config.builtin_tasks import BUILTIN_TASKS
 from eagleray.config.loader import LoadedFile
 from eagleray.config.schema import RunConfig, ServeConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError, UsageError
@@ -17,6 +18,7 @@ from eagleray_serving.schema import InputKind
 
 if TYPE_CHECKING:
     from eagleray.store.checkpoint import Checkpoint
+    from eagleray.tasks import Task
 
 EDGE_APPLICATION = "edge"
 # Limits of one request, by their keys in `serve`: what `/v1/models` tells a client.
@@ -211,13 +213,17 @@ def reference(config: RunConfig) -> str:
 
 
 def _card(config: RunConfig, version: str, code: Sequence[str]) -> tuple[ModelCard, tuple[str, ...]]:
-    from eagleray.tasks import task_class
-    from eagleray.user_code import add_code
-
-    add_code(code)
-    task = task_class(config.task)
+    task = BUILTIN_TASKS.get(config.task) or _own_task(config.task, code)
     inputs: InputKind = "inputs"
     if task.route != "predict":
         inputs = "images" if task.input_columns == ("image",) else "text"
     pair = (config.data.source_lang, config.data.target_lang) if task.route == "translate" else (None, None)
     return ModelCard(config.name, version, task.route, inputs, *pair), tuple(task.input_columns)
+
+
+def _own_task(name: str, code: Sequence[str]) -> type[Task]:
+    from eagleray.tasks import task_class
+    from eagleray.user_code import add_code
+
+    add_code(code)
+    return task_class(name)

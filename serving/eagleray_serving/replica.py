@@ -22,7 +22,6 @@ from eagleray_serving.reporting import Reporter, replica_id
 from eagleray_serving.scaling import METRIC
 from eagleray_serving.schema import WireError
 from eagleray_serving.service import ModelService
-from eagleray_serving.version_loading import hold_versions
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,9 @@ class ModelReplica:
     """
 
     def __init__(self, plan: ModelPlan) -> None:
+        # Not at the top: the command that deploys this class does without torch.
+        from eagleray_serving.version_loading import hold_versions
+
         keep_on_loopback()
         gate = Gate(plan.protection, max_header_bytes=plan.serve.max_header_bytes, returns_ids=False)
         self._versions, follower = hold_versions(plan, replica_id(), RayNotes(), gate.metrics.count_batch)

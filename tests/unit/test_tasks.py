@@ -13,8 +13,9 @@ import torch
 from tiny_models import IMAGES, PAIRS, ROWS, TEXTS, tiny_config, tiny_parts
 from torch.nn import functional as F
 
+from eagleray.config.builtin_tasks import BUILTIN_TASKS
 from eagleray.errors import ConfigError, DataError
-from eagleray.tasks import Task, load_task
+from eagleray.tasks import Task, load_task, task_class
 from eagleray.tasks.rows import IGNORED
 
 TASKS = list(ROWS)
@@ -269,3 +270,9 @@ def test_an_own_task_is_found_by_its_import_path(tmp_path: Path, monkeypatch: py
     ]:
         with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
             load_task(tiny_config(task=path, model={"family": "marian"}))
+
+
+@pytest.mark.parametrize("name", BUILTIN_TASKS)
+def test_what_is_said_of_a_built_in_task_without_importing_it_is_what_its_class_says(name: str) -> None:
+    said, found = BUILTIN_TASKS[name], task_class(name)
+    assert (said.route, said.input_columns) == (found.route, found.input_columns)

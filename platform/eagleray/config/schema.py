@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from eagleray.config.builtin_tasks import BUILTIN_TASKS as BUILTIN_TASKS
 from eagleray.config.model import AdapterConfig as AdapterConfig
 from eagleray.config.model import ModelConfig as ModelConfig
 from eagleray.config.model import TokenizerConfig as TokenizerConfig
@@ -30,7 +31,6 @@ from eagleray.config.section import NAME_PATTERN as NAME_PATTERN
 from eagleray.config.section import Section as Section
 from eagleray.config.serving import ServeConfig as ServeConfig
 
-BUILTIN_TASKS = ("translation", "text-classification", "image-classification")
 BUILTIN_SOURCES = ("cldr-en-fr", "cldr-langid", "digits")
 
 Degree = PositiveInt | Literal["auto"]

@@ -1,4 +1,7 @@
-"""A committed version, opened: every byte is verified before it is used."""
+"""A committed version, opened: every byte is verified before it is used.
+
+Whoever looks at it without its tensors does without torch, which takes seconds to be imported.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from eagleray.config.schema import RunConfig
 from eagleray.errors import CheckpointDamagedError, EaglerayError, NotFoundError, StoreError
-from eagleray.store.dcp import StoreReader, load_local
 from eagleray.store.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -25,8 +24,11 @@ from eagleray.store.manifest import (
     version_dir,
 )
 from eagleray.store.objects import ObjectStore
-from eagleray.store.safetensors import dtype_of
 from eagleray.store.versions import read_manifest
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 _READ_BYTES = 16 * 1024 * 1024
 _HINT = "Use another version, or restore the file."
@@ -134,6 +136,11 @@ class Checkpoint:
         Raises:
             CheckpointDamagedError: A byte is not what was committed.
         """
+        import torch
+
+        from eagleray.store.dcp import StoreReader
+        from eagleray.store.safetensors import dtype_of
+
         reader = StoreReader(self.store, self.manifest)
         entries = [tensor for tensor in self.manifest.tensors if tensor.name.startswith(prefix)]
         whole = {entry.name: torch.empty(entry.shape, dtype=dtype_of(entry.dtype)) for entry in entries}
@@ -162,6 +169,8 @@ class Checkpoint:
             CheckpointDamagedError: A byte is not what was committed.
             StoreError: A tensor is not in the checkpoint, or has another shape; or another rank failed.
         """
+        from eagleray.store.dcp import StoreReader, load_local
+
         reader = StoreReader(self.store, self.manifest)
         error: Exception | None = None
         try:
@@ -228,6 +237,8 @@ class Checkpoint:
 
 
 def _agree(error: Exception | None, process_group: dist.ProcessGroup | None) -> None:
+    import torch.distributed as dist
+
     errors = [error]
     if dist.is_available() and dist.is_initialized():
         errors = [None] * dist.get_world_size(process_group)

@@ -17,11 +17,11 @@ from eagleray.errors import AlreadyExistsError, NotFoundError, OwnerAliveError, 
 from eagleray.store.checkpoint import Checkpoint
 from eagleray.store.code import hash_code
 from eagleray.store.decide import AlreadyFinished, Contents, Continue, Outcome, Refuse, RunState, Start, decide
+from eagleray.store.environment import environment_versions
 from eagleray.store.objects import ObjectStore
 from eagleray.store.owner import DEFAULT_TIMING, Owner, Timing, beat_key, is_alive
 from eagleray.store.records import create_record, read_record, write_record
 from eagleray.store.runs import RunHandle, epoch_key, highest_epoch, request_stop, run_key, run_numbers
-from eagleray.store.saver import environment_versions
 from eagleray.store.versions import latest_version
 
 Notify = Callable[[str], None]

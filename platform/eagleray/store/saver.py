@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
-from platform import python_version
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from eagleray.config.schema import RunConfig
 from eagleray.errors import AlreadyExistsError, EaglerayError, FencedError, PeersLostError, StoreError
 from eagleray.scheduling import give_way
 from eagleray.store.dcp import HostShard, StoreWriter, save_together
+from eagleray.store.environment import environment_versions
 from eagleray.store.manifest import (
     CONFIG_FILE,
     STATE_FILE,
@@ -40,7 +37,6 @@ from eagleray.store.records import now_text
 from eagleray.store.runs import RunHandle, check_fence
 
 MAX_FAILURES_IN_A_ROW = 3
-_PACKAGES = ("eagleray", "torch", "transformers", "tokenizers", "safetensors", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,21 +324,6 @@ class _SaveJob:
         base = version_dir(self._run.name, version_name(self._run.run, self._step))
         self._run.store.put(f"{base}/{entry.path}", data)
         return entry
-
-
-def environment_versions() -> dict[str, str]:
-    """The versions of everything that computes a checkpoint."""
-    return dict(_find_versions())
-
-
-@functools.cache
-def _find_versions() -> tuple[tuple[str, str], ...]:
-    """Read them once in a process: packages are slow to be asked."""
-    found = [("python", python_version())]
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found.append((package, version(package)))
-    return tuple(found)
 
 
 def _on_host(tensors: Mapping[str, torch.Tensor], *, copy: bool) -> dict[str, HostShard]:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+from eagleray.config.builtin_tasks import BUILTIN_TASKS
 from eagleray.config.schema import RunConfig
 from eagleray.errors import ConfigError
 from eagleray.tasks.base import Task
 from eagleray.user_code import import_attribute
-
-_BUILTIN = {
-    "translation": "eagleray.tasks.translation:TranslationTask",
-    "text-classification": "eagleray.tasks.text_classification:TextClassificationTask",
-    "image-classification": "eagleray.tasks.image_classification:ImageClassificationTask",
-}
 
 
 def task_class(name: str) -> type[Task]:
@@ -25,7 +20,8 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ConfigError: It cannot be imported or is no concrete subclass of `Task`.
     """
-    found = import_attribute(_BUILTIN.get(name, name), "task")
+    path = BUILTIN_TASKS[name].path if name in BUILTIN_TASKS else name
+    found = import_attribute(path, "task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise ConfigError(
             f"task: {name} is {_describe(found)}, not a subclass of eagleray.tasks.Task",

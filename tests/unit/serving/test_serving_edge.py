@@ -41,8 +41,8 @@ def edge(*cards: ModelCard, states: dict[str, str] | None = None) -> FastAPI:
     return Edge(cards, fleet, max_body_bytes=1000, body_timeout_s=1, bulk=bulk).application()
 
 
-def test_the_edge_is_light() -> None:
-    code = "import sys, eagleray_serving.deployments; sys.exit('torch' in sys.modules)"
+def test_the_edge_is_light_and_so_is_whoever_deploys_a_replica() -> None:
+    code = "import sys, eagleray_serving.deployments, eagleray_serving.replica; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

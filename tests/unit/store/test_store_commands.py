@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,26 @@ def test_models_and_their_versions_are_listed_with_scores(run: Run) -> None:
         (f"en-fr@{FIRST}", {"bleu": 50.0}),
         (f"en-fr@{SECOND}", {"bleu": 40.0}),
     ]
+
+
+def test_whoever_only_looks_at_versions_does_without_torch(store: ObjectStore, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("{name: en-fr, task: translation, model: {family: marian}, data: {source: cldr-en-fr}}")
+    calls = (
+        ["models", "list"], ["models", "show", "en-fr"], ["models", "verify", "en-fr"], ["store", "sweep"],
+        ["models", "alias", "en-fr", "production", "en-fr@latest"], ["serve", "render", str(file)],
+    )  # fmt: skip
+    code = (
+        "import sys, eagleray.cli\n"
+        f"for call in {calls}:\n"
+        "    try:\n"
+        f"        eagleray.cli.main([*call, '--store', {store.location!r}])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, (call, end.code)\n"
+        "    assert not {'torch', 'ray', 'transformers'} & set(sys.modules), call\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_version_is_shown_with_its_files(run: Run) -> None:
