@@ -7,11 +7,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import IO, Any, Literal
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from eagleray.cluster import Cluster, connect
 from eagleray.config.crosschecks import layout_of
@@ -19,37 +20,29 @@ from eagleray.config.layout import Layout
 from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.errors import ConfigError, InterruptedRunError, RunFailedError, WorkerMemoryError
 from eagleray.hub import hash_checkpoint, locate_pretrained
-from eagleray.models import build_unfilled
-from eagleray.models.plans import parallel_plan
-from eagleray.parallel import ParallelOptions, check_layout
-from eagleray.parallel.cut import describe_cut
-from eagleray.parallel.pipeline import cut_model
 from eagleray.resources import ResourceRequest
 from eagleray.scheduling import giving_way
 from eagleray.store.claim import Finished, RunClaim, claim_run
 from eagleray.store.decide import Contents, Outcome
 from eagleray.store.objects import ObjectStore
 from eagleray.store.runs import RunHandle, run_dir
-from eagleray.tasks import Processor, load_task
 from eagleray.user_code import add_code
-from eagleray_jobs.data.prepare import EncodePiece, PieceResult, prepare
-from eagleray_jobs.data.ray_pieces import run_with_ray
-from eagleray_jobs.data.rows import Piece, Source
+from eagleray_jobs.data.rows import Source
 from eagleray_jobs.data.sources import open_source
 from eagleray_jobs.train.board import Phase, open_board
 from eagleray_jobs.train.failures import find_fatal, merge, spell_ranks
 from eagleray_jobs.train.launch import build_trainer, environment
 from eagleray_jobs.train.memory import ended_for_memory, kernel_kills
-from eagleray_jobs.train.outlook import Outlook
 from eagleray_jobs.train.preflight import check_gpus, workers_request
-from eagleray_jobs.train.profiles import find_profiles
 from eagleray_jobs.train.progress import Goal
 from eagleray_jobs.train.report import TrainReport, next_commands
 from eagleray_jobs.train.schedule import num_steps
 from eagleray_jobs.train.spec import LoopResult, WorkerSpec
 from eagleray_jobs.train.stopping import StopAtOnce, StopSignal, stop_signals
 from eagleray_jobs.train.view import Snapshot, View, open_view
-from eagleray_jobs.train.worker import train_on_worker
+
+if TYPE_CHECKING:
+    from eagleray_jobs.train.outlook import Outlook
 
 POLL_S = 1.0
 BOARD_TIMEOUT_S = 30.0
@@ -121,7 +114,7 @@ class _Driver:
         self.goal = Goal("loss", greater_is_better=False)
         self.snapshot = Snapshot(0, self.train_config.global_batch_size, "claim", time.monotonic())
         self.num_events = 0
-        self.outlook = Outlook()
+        self.outlook: Outlook | None = None
 
     def run(self) -> TrainReport:
         add_code(self.config.code)
@@ -156,16 +149,17 @@ class _Driver:
         try:
             return self._train(claim)
         except WorkerMemoryError as error:
-            needs = self.outlook.needs()
+            needs = None if self.outlook is None else self.outlook.needs()
             raise WorkerMemoryError(error.message, None if needs is None else needs.hint()) from error
 
     def _train(self, claim: RunClaim) -> LoopResult:
         self._enter("start Ray")
         options, config = self.options, self.config
         code = list(dict.fromkeys((*config.code, *options.code)))
-        cluster = self.ray_stack.enter_context(
-            connect(options.address, code=code, verbose=options.verbose, notify=self.view.note)
-        )
+        with _importing("eagleray_jobs.train.groundwork"):
+            cluster = self.ray_stack.enter_context(
+                connect(options.address, code=code, verbose=options.verbose, notify=self.view.note)
+            )
         use_gpu = self._use_gpu(cluster)
         check_gpus(config, cluster.where, has_gpus=use_gpu)
         request = workers_request(config, self.layout, use_gpu=use_gpu)
@@ -181,37 +175,18 @@ class _Driver:
         return any(node.get("GPU", 0) > 0 for node in cluster.nodes()) if use_gpu == "auto" else use_gpu
 
     def _prepare(self, claim: RunClaim, cluster: Cluster) -> WorkerSpec:
-        task = load_task(self.config)
-        self.goal = Goal.of(self.train_config, task.best_metric)
+        from eagleray_jobs.train.groundwork import lay
 
-        def run_pieces(encode: EncodePiece, pieces: Sequence[Piece]) -> Iterable[PieceResult]:
-            import ray.data  # noqa: F401  # it brings a log handler of its own
-
-            cluster.quiet()
-            return run_with_ray(encode, pieces)
-
-        prepared = prepare(self.config, task, self.store, run_pieces, self.view.note, self.source)
-        processor = task.load_processor(prepared.processor_files)
-        self._check_layout(processor)
-        self.outlook.begin(self.config, self.layout, processor)
-        max_steps = num_steps(self.train_config, len(prepared.split("train")))
+        found = lay(self.config, self.layout, self.store, self.source, cluster, self.view.note)
+        self.goal, self.outlook = Goal.of(self.train_config, found.best_metric), found.outlook
+        max_steps = num_steps(self.train_config, found.num_examples)
         self.snapshot = replace(self.snapshot, max_steps=max_steps)
         profile: Literal["collectives"] | None = "collectives" if self.options.profile else None
-        return WorkerSpec(self.config, claim.handle, prepared.fingerprint, self.layout, max_steps, profile)
-
-    def _check_layout(self, processor: Processor) -> None:
-        """Refuse before there are workers what the model cannot be cut by, and show the stages of a pipeline."""
-        if self.layout.tensor == self.layout.pipeline == 1:
-            return
-        model, _ = build_unfilled(self.config, processor)
-        plan, options = parallel_plan(model), ParallelOptions.of(self.config)
-        check_layout(model, self.layout, plan, options)
-        if self.layout.pipeline > 1:
-            cut = cut_model(model, self.layout, plan, options)
-            for line in describe_cut(model, plan, cut, options.length):
-                self.view.note(f"pipeline: {line}")
+        return WorkerSpec(self.config, claim.handle, found.fingerprint, self.layout, max_steps, profile)
 
     def _fit(self, claim: RunClaim, cluster: Cluster, spec: WorkerSpec, request: ResourceRequest) -> LoopResult:
+        from eagleray_jobs.train.worker import train_on_worker
+
         board, kills_before = open_board(cluster.node_id()), kernel_kills()
         is_local, train = cluster.is_local, self.train_config
         with (
@@ -232,7 +207,7 @@ class _Driver:
         while not is_over:
             is_over = not fit.is_alive()
             self._show_new(board)
-            for line in self.outlook.lines():
+            for line in () if self.outlook is None else self.outlook.lines():
                 self.view.note(line)
             if self.stop.number is not None and not is_stopping:
                 is_stopping = True
@@ -258,6 +233,8 @@ class _Driver:
         self.view.show(self.snapshot, Phase(phase))
 
     def _report(self, result: LoopResult, run: RunHandle) -> TrainReport:
+        from eagleray_jobs.train.profiles import find_profiles
+
         snapshot = self.snapshot.enter("end", time.monotonic())
         is_stopped = result.outcome == "stopped"
         return TrainReport(
@@ -287,6 +264,22 @@ class _Driver:
             phases_s={},
             next_commands=next_commands(self.config.name, "already_finished", self.options.call),
         )
+
+
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    """Import a module in a thread meanwhile; whoever uses it imports it again, and is told of what went wrong."""
+
+    def begin() -> None:
+        with suppress(Exception):
+            import_module(module)
+
+    thread = threading.Thread(target=begin, name="imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 class _Fit(threading.Thread):

@@ -51,6 +51,11 @@ finally:
     assert not (tmp_path / "store").exists()
 
 
+def test_a_run_is_claimed_without_torch() -> None:
+    code = "import sys, eagleray_jobs.train.driver; sys.exit(bool({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     "key, use_gpu, message",
     [
