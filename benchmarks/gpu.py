@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layouts import Case, Data, in_fresh_processes, train_ours
+from layouts import MAX_LENGTH, Case, Data, FullRows, in_fresh_processes, train_ours
 from results_page import markdown_table
 
 NUM_SKIPPED = 20
-LENGTH = 128
 CASE = Case("single", width=1024, num_layers=6, rows=64, steps=60)
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "float32": {},
@@ -55,30 +54,15 @@ class Found:
     losses: list[float]
 
 
-class FullRows:
-    """Rows that are all as long as they may be, so that no step has other shapes."""
-
-    def __init__(self, vocab_size: int, count: int) -> None:
-        import numpy as np
-
-        ids = np.random.default_rng(0).integers(3, vocab_size, (count, 2, LENGTH)).tolist()
-        self._rows = [{"input_ids": source, "labels": target} for source, target in ids]
-        self.lengths = np.full(count, LENGTH)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
-
-
 def run(case: Case, data: Data, device: str) -> Found:
     """Train on this process's device."""
     _, processor = data.open()
     rows = FullRows(len(processor.tokenizer), 512)
     with tempfile.TemporaryDirectory() as folder:
         clock = train_ours(case, data, folder, device=device, rows=rows)
-    return Found(clock.step_s(NUM_SKIPPED), 2 * LENGTH * case.rows, count_flops(case, data, rows), clock.losses)
+    return Found(
+        clock.step_s(NUM_SKIPPED), 2 * MAX_LENGTH * case.rows, count_flops(case, data, rows), clock.losses
+    )
 
 
 def count_flops(case: Case, data: Data, rows: FullRows) -> int:
@@ -111,7 +95,7 @@ def report(name: str, peak_tflops: float | None, steps: int) -> str:
         rows.append([setting, f"{1 / found.step_s:.2f}", f"{found.tokens / found.step_s:.0f}", mfu])
     about = (
         f"{name}, peak {peak_tflops} TFLOP/s (bfloat16). Translator of width {CASE.width}, {CASE.num_layers} + "
-        f"{CASE.num_layers} layers, {CASE.rows} rows of {LENGTH} + {LENGTH} tokens per step; steps "
+        f"{CASE.num_layers} layers, {CASE.rows} rows of {MAX_LENGTH} + {MAX_LENGTH} tokens per step; steps "
         f"{NUM_SKIPPED + 1} to {steps}."
     )
     return f"{about}\n\n{markdown_table(['one GPU', 'steps/s', 'tokens/s', 'MFU'], rows)}"

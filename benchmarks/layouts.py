@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Self
 
+import numpy as np
 import torch
 from ddp_loop import EncodedRows, NoSaver
 
@@ -28,6 +29,7 @@ from eagleray_jobs.train.spec import MetricRecord, WorkerSpec
 from eagleray_jobs.verify.ranks import DeviceType, RankGroup
 
 NUM_ROWS = 2_000
+MAX_LENGTH = 128
 DEGREES = {
     "replicate": "data_parallel_replicate_degree",
     "shard": "data_parallel_shard_degree",
@@ -71,7 +73,7 @@ class Case:
 
     def config(self) -> RunConfig:
         """Return the file of the run."""
-        sizes = {"d_model": self.width, "max_position_embeddings": 128, "dropout": 0.0}
+        sizes = {"d_model": self.width, "max_position_embeddings": MAX_LENGTH, "dropout": 0.0}
         for side in ("encoder", "decoder"):
             sizes |= {f"{side}_layers": self.num_layers, f"{side}_ffn_dim": 4 * self.width}
             sizes[f"{side}_attention_heads"] = max(self.width // 64, 4)
@@ -118,6 +120,21 @@ class Data:
         """Return the task and its processor."""
         task = _task()
         return task, task.load_processor(self.files)
+
+
+class FullRows:
+    """Rows that are all as long as they may be, so that no step has other shapes."""
+
+    def __init__(self, vocab_size: int, count: int) -> None:
+        ids = np.random.default_rng(0).integers(3, vocab_size, (count, 2, MAX_LENGTH)).tolist()
+        self._rows = [{"input_ids": source, "labels": target} for source, target in ids]
+        self.lengths = np.full(count, MAX_LENGTH)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index]
 
 
 def _task() -> Task:

@@ -21,7 +21,7 @@ SMALL = replace(gpu.CASE, width=256, num_layers=2, rows=8, steps=40)
 def test_a_setting_trains_and_is_measured(train: dict[str, Any]) -> None:
     case = replace(SMALL, train={"logging_steps": 10, **train})
     (found,) = in_fresh_processes(1, gpu.run, case, Data.prepare(), "cuda", device_type="cuda")
-    assert found.step_s > 0 and found.tokens == 2 * gpu.LENGTH * SMALL.rows
+    assert found.step_s > 0 and found.tokens == 2 * gpu.MAX_LENGTH * SMALL.rows
     assert found.losses[-1] < found.losses[0]
 
 
@@ -29,7 +29,7 @@ def test_operations_are_counted_as_six_for_each_weight_and_token() -> None:
     rows = gpu.FullRows(2000, 4)
     layers = 2 * 12 * SMALL.width**2 + 2 * 16 * SMALL.width**2  # two of an encoder and two of a decoder
     head = 2000 * SMALL.width
-    expected = 6 * gpu.LENGTH * SMALL.rows * (layers + head)
+    expected = 6 * gpu.MAX_LENGTH * SMALL.rows * (layers + head)
     assert gpu.count_flops(SMALL, Data.prepare(), rows) == pytest.approx(
         expected, rel=0.15
     )  # attention comes on top
