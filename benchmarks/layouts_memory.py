@@ -21,7 +21,7 @@ from results_page import describe_machine, markdown_table, publish, smoke_and_wr
 
 STATE = Case("single", width=512, num_layers=4, rows=16, steps=3)
 """About 30 million parameters, so that layers outweigh all that a process holds besides."""
-ACTIVATIONS = replace(STATE, width=256, rows=32, steps=2)
+ACTIVATIONS = replace(STATE, width=256, rows=8, steps=2)
 """With rows as long as may be, so that activations outweigh the state."""
 LAYOUTS = ("ddp2", "fsdp2", "tp2", "pp2", "hsdp2x2", "fsdp4", "fsdp2.tp2", "pp2.fsdp2", "pp2.tp2")
 RECOMPUTED = ("ddp2", "fsdp2", "tp2", "pp2")

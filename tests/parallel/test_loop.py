@@ -311,6 +311,19 @@ def test_every_rank_learns_of_a_commit_between_the_same_two_steps(group: Groups,
     assert [rank.num_prunes for rank in ranks] == [6, 0]
 
 
+def test_where_a_rank_has_no_room_for_a_copy_all_wait_for_saves_and_save_the_same(
+    group: Groups, tmp_path: Path
+) -> None:
+    config = make_config(layout={"data_parallel_shard_degree": 2}, max_steps=6, save_steps=2)
+    group(2).run(train, Job(config, str(tmp_path / "copied")))
+    ranks = group(2).run(train, Job(config, str(tmp_path / "waiting"), without_room=1))
+    for rank in ranks:
+        assert [(step, result.step) for step, result in rank.saved] == [(2, 2), (4, 4), (6, 6)]
+    for step in (2, 4, 6):
+        copied, waiting = (checkpoint_tensors(str(tmp_path / name), step) for name in ("copied", "waiting"))
+        assert_bitwise_equal(copied, waiting)
+
+
 def test_a_parameter_that_the_loss_ignores_is_named_with_what_to_do(group: Groups, tmp_path: Path) -> None:
     config = make_config("text-classification", layout=2)
     error = group(2).run(train, Job(config, str(tmp_path), unused_parameter=True, fails=True))[1].error

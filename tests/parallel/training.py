@@ -211,6 +211,7 @@ class Job:
         infinite_gradient_at: (step, rank) whose loss is finite and its gradient is not.
         unused_parameter: Give the model a parameter that its loss does not depend on.
         refuse_save_of: Step whose manifest the store refuses.
+        without_room: Rank that has no room for a copy of what it saves.
         fails: The loop is expected to raise; the error is returned, so that the group of processes lives on.
     """
 
@@ -229,6 +230,7 @@ class Job:
     infinite_gradient_at: tuple[int, int] | None = None
     unused_parameter: bool = False
     refuse_save_of: int | None = None
+    without_room: int | None = None
     fails: bool = False
 
     def replaced(self, **changes: Any) -> Job:
@@ -438,6 +440,7 @@ def _parts(
         resume=resume,
         sinks=sinks,
         prune=lambda: prunes.append(task.step),
+        has_room=lambda num_bytes: num_bytes == 0 or dist.get_rank() != job.without_room,
     )
     return parts, prunes
 
