@@ -82,7 +82,7 @@ def eagleray(cluster: RayCluster, environment: dict[str, str], *arguments: objec
     return result
 
 
-def test_four_workers_stopped_and_called_again_write_byte_for_byte_what_one_writes(
+def test_four_workers_that_go_on_where_two_were_stopped_write_byte_for_byte_what_one_writes(
     ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
 ) -> None:
     lines = [f"sentence number {i} of {'very ' * (i % 7)}many" for i in range(10_000)]
@@ -91,15 +91,15 @@ def test_four_workers_stopped_and_called_again_write_byte_for_byte_what_one_writ
     ref, load = opened(store)
     config, words, alone = RunConfig.model_validate(SECTIONS), tmp_path / "in.txt", tmp_path / "out-1.jsonl"
     one = predict(config, ref, load, run_in_line, load_task(config), str(words), str(alone))
-    call = ("predict", "tiny", words, tmp_path / "out-4.jsonl", "--store", store.location, "--num-workers", 4)
-    with CommandLine(ray_environment).start(*call, "--address", ray_cluster.address) as process:
+    call = ("predict", "tiny", words, tmp_path / "out-4.jsonl", "--store", store.location, "--num-workers")
+    with CommandLine(ray_environment).start(*call, 2, "--address", ray_cluster.address) as process:
         await_condition(lambda: any(tmp_path.glob("out-4.jsonl.parts/*/*.json")), process)
         process.send_signal(signal.SIGTERM)
         stopped = finish(process)
     assert (stopped.status, stopped.value["error"]["code"]) == (143, "interrupted"), stopped.stderr
     assert f"kept in {tmp_path}/out-4.jsonl.parts: the same call goes on from there" in stopped.stderr
     assert not (tmp_path / "out-4.jsonl").exists()
-    four = eagleray(ray_cluster, ray_environment, *call)
+    four = eagleray(ray_cluster, ray_environment, *call, 4)
     assert (one.num_rows, one.num_errors) == (four["num_rows"], four["num_errors"]) == (10_000, 0)
     assert 0 < four["num_resumed"] < 10_000
     written = (tmp_path / "out-1.jsonl").read_bytes()
@@ -123,14 +123,14 @@ def test_a_version_with_code_of_its_own_answers_where_the_code_lies_elsewhere(
     assert json.loads((tmp_path / "out.jsonl").read_text())["answer"]["value"] == 2.5
 
 
-def test_scores_are_the_same_with_three_workers_and_with_one(
+def test_scores_are_the_same_with_two_workers_and_with_one(
     ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(json.dumps(SECTIONS))
-    call = ("evaluate", tmp_path / "tiny.yaml", "--store", store.location, "--num-workers", 3)
-    three = eagleray(ray_cluster, ray_environment, *call)
+    call = ("evaluate", tmp_path / "tiny.yaml", "--store", store.location, "--num-workers", 2)
+    two = eagleray(ray_cluster, ray_environment, *call)
     ref, load = opened(store)
     one = evaluate(RunConfig.model_validate(SECTIONS), ref, load, run_in_line)
-    assert three["scores"] == one.scores
-    assert three["baselines"] == one.baselines and "exact_match/date" in three["scores"]
+    assert two["scores"] == one.scores
+    assert two["baselines"] == one.baselines and "exact_match/date" in two["scores"]
     assert len([info for info in store.list("runs/tiny/r1/evaluations")]) == 1
