@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -63,7 +66,12 @@ def _texts(answer: httpx.Response) -> list[str]:
 @dataclass(frozen=True)
 class Running:
     url: str
-    pid: int
+    process: subprocess.Popen[str]
+    command: Command
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def processes(self, name: str) -> dict[int, psutil.Process]:
         """Processes of the server whose title begins with a name."""
@@ -103,7 +111,9 @@ def _serve(folder: Path, files: list[dict[str, Any]]) -> Iterator[Running]:
     command = Command(folder / "home")
     process, info = command.serve(*(str(folder / f"{file['name']}.yaml") for file in files))
     everything = family(process.pid)
-    yield Running(info["url"], process.pid)
+    yield Running(info["url"], process, command)
+    if process.poll() is not None:  # a test has killed it
+        return
     everything = list({each.pid: each for each in [*everything, *family(process.pid)]}.values())
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
@@ -169,6 +179,20 @@ def test_ranks_do_not_outlive_their_replica(server: Running, expected: dict[str,
     assert gone_at - lost_at < 10
     assert load.errors == []
     assert all(status == 200 and is_right for _, status, is_right in load.answers)
+
+
+def test_a_killed_server_leaves_neither_process_nor_record_and_its_port_is_free(server: Running) -> None:
+    """The last test of this server."""
+    everything = family(server.pid)
+    server.process.kill()
+    server.process.wait(30)
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    assert wait_gone(everything, 60) == []
+    # The next call of any verb clears the records and folders of the dead away.
+    assert json.loads(server.command.run("serve", "status", "--json").stdout) == {"servers": []}
+    with socket.create_server(("127.0.0.1", httpx.URL(server.url).port or 0)):
+        pass  # nobody listens there any more, and the next server can
 
 
 @pytest.mark.slow
