@@ -30,10 +30,7 @@ name: words
 task: {task}
 code: [{code}]
 model:
-  family: bert
-  config:
-    {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
-      hidden_dropout_prob: 0.1, max_position_embeddings: 32}}
+  factory: slow_words.encoder:build
   tokenizer: {{type: bpe, vocab_size: 300}}
 data: {{train: {data}, max_source_length: 16}}
 train:
