@@ -60,7 +60,7 @@ def test_two_stages_on_a_rank_are_counted_together(group: Groups) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_peak_of_whoever_holds_a_part_is_well_below_that_of_whoever_holds_all() -> None:
     data = Data.prepare()
     peaks = {
