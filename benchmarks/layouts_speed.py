@@ -48,6 +48,7 @@ class Round:
 def train_by_hand(case: Case, data: Data) -> Clock:
     """Run the peer's loop on this rank."""
     from peers import layouts
+    from peers.ddp import exchanging
     from peers.ddp import train_by_hand as train_ddp
 
     config, clock, layout = case.config(), Clock(), case.degrees
@@ -68,7 +69,7 @@ def train_by_hand(case: Case, data: Data) -> Clock:
         layouts.train_model(model, cuts[case.layout], config.train, loader, clock.tick)
     else:
         with tempfile.TemporaryFile("w") as log:
-            train_ddp(model, config.train, loader, log, clock.tick)
+            train_ddp(exchanging(model), config.train, loader, log, clock.tick)
     return clock
 
 
