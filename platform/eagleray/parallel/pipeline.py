@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from eagleray.config.cutting import micro_batches
 from eagleray.config.layout import Layout
@@ -26,7 +25,7 @@ from eagleray.parallel.mesh import group_over_stages
 from eagleray.parallel.options import ParallelOptions, Schedule
 from eagleray.parallel.plan import ParallelPlan
 from eagleray.parallel.stage import LossFunction, Stage, capture_inputs, prune
-from eagleray.parallel.timeline import TimedStage, Timeline
+from eagleray.parallel.timeline import Timeline
 
 Shape = tuple[int, ...]
 ScaleLoss = Callable[[Tensor], Tensor]
@@ -276,6 +275,11 @@ class Pipeline(nn.Module):
         return self._prepared[key]
 
     def _prepare(self, batch: dict[str, Tensor], rows: int) -> Any:
+        # Not at the top: it brings torch.compile along, and every other layout does without.
+        from torch.distributed.pipelining.schedules import get_schedule_class
+
+        from eagleray.parallel.timed_stage import TimedStage
+
         inputs = capture_inputs(self._loss, {name: value[:rows] for name, value in batch.items()})
         stages = []
         for number, stage in zip(self.numbers, self.own_stages(), strict=True):

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import torch
-from torch.distributed.pipelining import PipelineStage
 
 Kind = Literal[
     "step", "data", "pipeline", "forward", "backward", "weights", "exchange", "clip", "optimizer", "evaluate",
@@ -147,26 +146,3 @@ class _Open(AbstractContextManager[None]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timeline._close(self._kind, self._start, *self._about)
-
-
-class TimedStage(PipelineStage):
-    """A stage as torch's schedules run it, whose passes are recorded."""
-
-    def __init__(self, *args: Any, timeline: Timeline, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._timeline = timeline
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward pass of a micro-batch; what it needs is there."""
-        with self._timeline.span("forward", micro_batch=fwd_chunk_id, stage=self.stage_index):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run its backward pass, or the half that the stage before waits for."""
-        with self._timeline.span("backward", micro_batch=bwd_chunk_id, stage=self.stage_index):
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Run the other half."""
-        with self._timeline.span("weights", micro_batch=bwd_chunk_id, stage=self.stage_index):
-            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)

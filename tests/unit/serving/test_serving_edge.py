@@ -46,6 +46,11 @@ def test_the_edge_is_light_and_so_is_whoever_deploys_a_replica() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_replica_does_without_torch_compile_which_pipelines_bring_along() -> None:
+    code = "import sys, eagleray_serving.version_loading; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_only_model_of_a_verb_stands_at_the_bare_route() -> None:
     assert route_prefixes([EN_FR, LANGID]) == {"en-fr": "/v1/translate", "langid": "/v1/classify"}
     assert route_prefixes([EN_FR, EN_DE]) == {"en-fr": "/v1/translate/en-fr", "en-de": "/v1/translate/en-de"}
