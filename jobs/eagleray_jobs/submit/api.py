@@ -21,7 +21,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 REQUEST_TIMEOUT_S = (5.0, 60.0)
 """For the connection and for the answer."""
-AGENT_WAIT_S = 30.0
+AGENT_WAIT_S = 60.0
+"""Of a cluster that is just starting: it knows no agent of a node yet that could run a job."""
 AGENT_POLL_S = 1.0
 
 
