@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eagleray.cluster import NAMESPACE
 from eagleray.errors import EaglerayError, ServingError
-from eagleray.local_ray import start_local_ray
+from eagleray.local_ray import start_local_ray, stop_log_monitor
 from eagleray.resources import count_cpus
 from eagleray.telemetry import RayLog
 from eagleray_serving.front import Front, RequestLimits, environment
@@ -102,6 +102,7 @@ def _start(folder: Path, log: RayLog | None) -> None:
         raise ServingError(f"Ray did not start: {error}", "eagleray doctor looks at this machine") from error
     if log is not None:
         log.divert()
+        stop_log_monitor()
 
 
 def _end(log: RayLog | None) -> None:
