@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from ray_cluster import RayCluster
+from serving_models import family, wait_gone
 
 from eagleray.store.objects import ObjectStore
 
@@ -111,18 +112,31 @@ def test_the_clusters_ray_runs_the_packages_that_were_shipped(story: Story) -> N
     assert "py_modules_files" in started["package"]
 
 
-def test_what_the_job_committed_answers_over_http(story: Story, tmp_path: Path) -> None:
+def test_what_the_job_committed_answers_from_a_detached_server_which_is_stopped_without_a_trace(
+    story: Story, tmp_path: Path
+) -> None:
     home = {"EAGLERAY_HOME": str(tmp_path / "home")}
     words = [OWN_MODEL, "serve.ref=@latest", "serve.num_replicas=1", "serve.ray_actor_options.num_cpus=0.25"]
     served = as_json("serve", *words, "--store", story.store, "--port", "0", "--detach", **home)
     assert "url" in served, served
     try:
+        everything = family(served["pid"])
         answer = httpx.post(served["url"] + "/v1/predict", json={"inputs": [{"source": "January 5"}]}, timeout=60)
         assert answer.status_code == 200, answer.text
-        assert answer.json()["version"] == f"r1-step-{story.stopped['result']['step'] + 5:08d}"
+        version = f"r1-step-{story.stopped['result']['step'] + 5:08d}"
+        assert answer.json()["version"] == version
         assert isinstance(answer.json()["predictions"][0]["characters"], int)
+        (record,) = as_json("serve", "status", **home)["servers"]
+        shown = (record["id"], record["state"], record["models"])
+        assert shown == (served["id"], "ready", [f"length-guess@{version}"])
     finally:
-        assert eagleray("serve", "stop", **home).returncode == 0
+        stopped = as_json("serve", "stop", **home)
+    assert stopped == {"stopped": [served["id"]]}
+    assert wait_gone(everything) == []
+    assert not Path(record["folder"]).exists()
+    assert as_json("serve", "status", **home) == {"servers": []}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(served["url"])
 
 
 def test_evaluate_and_predict_run_as_jobs(story: Story, ray_cluster: RayCluster, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def command(models: Path, tmp_path: Path) -> Command:
     return Command(tmp_path / "home")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two servers start
 def test_a_killed_server_leaves_no_process_and_its_port_to_a_detached_one_which_is_stopped_without_a_trace(
     models: Path, command: Command
