@@ -27,19 +27,7 @@ def run_fastapi(port: int) -> None:
 
 def run_litserve(port: int) -> None:
     import litserve
-
-    class Noop(litserve.LitAPI):
-        def setup(self, device: Any) -> None:
-            pass
-
-        def decode_request(self, request: Any) -> Any:
-            return [float(value) for value in request["inputs"]]
-
-        def predict(self, values: Any) -> Any:
-            return values
-
-        def encode_response(self, values: Any) -> Any:
-            return {"predictions": [{"value": value} for value in values]}
+    from litserve_noop import Noop
 
     server = litserve.LitServer(Noop(api_path="/v1/predict"), accelerator="cpu")
     server.run(host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="error")
