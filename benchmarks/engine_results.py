@@ -51,7 +51,7 @@ class Plan:
         max_items: Rows that the others hold at once.
     """
 
-    sizes: tuple[Size, ...] = (Size(128, 2, 2000), Size(256, 3, 8000), Size(512, 6, 32000))
+    sizes: tuple[Size, ...] = (Size(128, 2, 2000), Size(256, 3, 8000))
     threads: tuple[int, ...] = (2, 1)
     num_rounds: int = 5
     num_rows: int = 256
