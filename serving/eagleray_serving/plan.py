@@ -12,6 +12,7 @@ from eagleray.config.builtin_tasks import BUILTIN_TASKS
 from eagleray.config.loader import LoadedFile
 from eagleray.config.schema import RunConfig, ServeConfig
 from eagleray.errors import CheckpointDamagedError, ConfigError, UsageError
+from eagleray.labels import read_labels
 from eagleray_serving.catalog import ModelCard, route_prefixes
 from eagleray_serving.protection import Protection
 from eagleray_serving.schema import InputKind
@@ -162,8 +163,6 @@ def _plan(config: RunConfig, server: str, *, verify: bool) -> ModelPlan:
 
 
 def _labels(card: ModelCard, checkpoint: Checkpoint) -> tuple[str, ...]:
-    from eagleray.tasks.classification import read_labels
-
     if card.verb != "classify":
         return ()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from eagleray.hub import read_model_config
 from eagleray.tasks import rows
 from eagleray.tasks.base import Answer, Batch, Example, Features, Loss, Processor, Task
 from eagleray.tasks.scores import score_by_kind, score_classes
-
-_SETTINGS_FILE = "eagleray_processor.json"
 
 
 class ClassificationTask(Task):
@@ -57,16 +54,6 @@ class ClassificationTask(Task):
         labels = self.config.data.labels
         references = [_reference(example, labels) for example in examples]
         return score_by_kind(score_classes, answers, examples, answer_key="label", references=references)
-
-
-def labels_file(labels: Sequence[str]) -> dict[str, bytes]:
-    """Return the file that holds the class names."""
-    return {_SETTINGS_FILE: json.dumps({"labels": list(labels)}, indent=2, ensure_ascii=False).encode()}
-
-
-def read_labels(files: Mapping[str, bytes]) -> tuple[str, ...]:
-    """Read the class names back."""
-    return tuple(json.loads(files[_SETTINGS_FILE])["labels"])
 
 
 def pretrained_labels(

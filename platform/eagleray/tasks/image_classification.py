@@ -17,10 +17,11 @@ from torch import nn
 from eagleray.config.families import ViTFamily, parse_family
 from eagleray.errors import ConfigError, DataError, StoreError, StoreURIError
 from eagleray.hub import locate_pretrained
+from eagleray.labels import labels_file, read_labels
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import rows
 from eagleray.tasks.base import Batch, Encoded, Example, Features, Head, Processor
-from eagleray.tasks.classification import ClassificationTask, labels_file, pretrained_labels, read_labels
+from eagleray.tasks.classification import ClassificationTask, pretrained_labels
 from eagleray.tasks.tokenizer import as_directory, save_to_files
 
 MAX_PIXELS = 50_000_000

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from eagleray.hub import locate_pretrained
+from eagleray.labels import labels_file, read_labels
 from eagleray.tasks import rows
 from eagleray.tasks.base import Batch, Encoded, Example, Features, Head, Processor
-from eagleray.tasks.classification import ClassificationTask, labels_file, pretrained_labels, read_labels
+from eagleray.tasks.classification import ClassificationTask, pretrained_labels
 from eagleray.tasks.tokenizer import load_tokenizer, save_to_files, tokenise, train_classifier_tokenizer
 
 

@@ -163,7 +163,7 @@ def test_a_plan_keeps_labels_and_columns_on_its_way_through_json(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_classifier_tells_the_labels_that_its_checkpoint_holds() -> None:
-    from eagleray.tasks.classification import labels_file
+    from eagleray.labels import labels_file
     from eagleray_serving.plan import _labels
 
     class Files:
