@@ -25,19 +25,20 @@ def test_a_version_that_was_swapped_leaves_neither_weights_nor_threads() -> None
         return BatchedEngine(load_engine(checkpoint), ServeConfig())
 
     async def swap() -> None:
+        before = set(threading.enumerate())
         old = load(1)
         weights = [weakref.ref(each) for each in old._engine.model.parameters()]
         assert len(weights) > 10
         versions = Versions(old)
         del old
         await asyncio.gather(*(versions.answer([{"source": "one hour"}], {}, Asking(c)) for c in "abc"))
-        threads = {each.name for each in threading.enumerate() if each.name.startswith("eagleray-")}
+        threads = {each for each in threading.enumerate() if each.name.startswith("eagleray-")} - before
         assert len(threads) == 2
         versions.add(load(2))
         versions.route(Split("v2"))
         await versions.retire("v1")
         assert [each for each in weights if each() is not None] == []
-        assert [each for each in threading.enumerate() if each.name in threads] == []
+        assert threads & set(threading.enumerate()) == set()
         assert (await versions.answer([{"source": "one hour"}], {}, Asking("d"))).version == "v2"
         await versions.get("v2").close()
 
