@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import weakref
 
@@ -11,6 +12,7 @@ from fake_checkpoint import tiny_checkpoint
 
 from eagleray.config.schema import ServeConfig
 from eagleray.engine import load_engine
+from eagleray.engine.worker import ModelThread
 from eagleray_serving.answering import Asking
 from eagleray_serving.batched import BatchedEngine
 from eagleray_serving.split import Split
@@ -44,3 +46,13 @@ def test_a_version_that_was_swapped_leaves_neither_weights_nor_threads() -> None
 
     torch.set_num_threads(1)
     asyncio.run(asyncio.wait_for(swap(), 60))
+
+
+def test_a_model_thread_that_nobody_holds_ends() -> None:
+    async def call() -> threading.Thread:
+        return await ModelThread().call(threading.current_thread)
+
+    thread = asyncio.run(call())
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()

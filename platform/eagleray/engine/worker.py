@@ -52,18 +52,19 @@ class ModelThread:
     """Runs everything of a model in one thread of its own."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        # The thread must not know this object: an executor that nobody holds any more ends its thread.
+        begun: list[threading.Thread] = []
+        self._begun = begun
         self._executor = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="eagleray-model", initializer=self._began
+            max_workers=1,
+            thread_name_prefix="eagleray-model",
+            initializer=lambda: begun.append(threading.current_thread()),
         )
 
     @property
     def is_alive(self) -> bool:
         """Whether a call would be run; the thread begins with the first one."""
-        return self._thread is None or self._thread.is_alive()
-
-    def _began(self) -> None:
-        self._thread = threading.current_thread()
+        return all(thread.is_alive() for thread in self._begun)
 
     async def call(self, function: Callable[..., V], *arguments: Any) -> V:
         """Call a function in the thread."""
