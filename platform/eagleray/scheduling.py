@@ -9,7 +9,6 @@ without privileges, which is not true of its niceness. Elsewhere than on Linux n
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -36,16 +35,6 @@ def come_first() -> None:
     """Make this thread an ordinary one where it is a batch thread, and those that it starts later with it."""
     if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_BATCH:
         _set_policy(os.SCHED_OTHER)
-
-
-def settle_memory() -> None:
-    """Take what exists now out of the collector's sight: it stays until the process ends.
-
-    torch and transformers alone are a million objects. Looking through them takes Python 0.3 s, in which a rank
-    holds up all others, or a server its requests; what comes later is looked through in a millisecond.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _set_policy(policy: int) -> None:

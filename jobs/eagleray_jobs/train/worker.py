@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.errors import StoreError, WorkerError
-from eagleray.scheduling import come_first, give_way, settle_memory
+from eagleray.scheduling import come_first, give_way
 from eagleray.store.runs import RunHandle, stop_requested
 from eagleray.store.saver import SaveResult
 from eagleray.store.sharing import check_shared
@@ -19,7 +19,7 @@ from eagleray.telemetry import logging_to
 from eagleray.user_code import add_code
 from eagleray_jobs.train.board import Phase, Saved
 from eagleray_jobs.train.failures import RankFailure
-from eagleray_jobs.train.memory import MemoryGuard, as_memory_error, over_limit
+from eagleray_jobs.train.memory import MemoryGuard, as_memory_error, over_limit, spare_the_collector
 from eagleray_jobs.train.spec import LoopResult, MetricRecord, WorkerSpec
 
 STOP_POLL_S = 0.5
@@ -80,7 +80,7 @@ def _train(spec: WorkerSpec, board: Any, rank: int, restarts: int, guard: Memory
             lookout=lookout,
             has_room=guard.has_room,
         )
-        settle_memory()
+        spare_the_collector()
         return run_loop(spec, parts, control)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from eagleray_jobs.train.memory import (
     over_limit,
     own_memory_bytes,
     show_bytes,
+    spare_the_collector,
 )
 from eagleray_jobs.train.needs import Needs, find_needs
 
@@ -233,3 +236,24 @@ def test_blocks_of_a_layer_that_are_taken_and_freed_do_not_grow_the_heap() -> No
     done = subprocess.run([sys.executable, "-c", TAKES_AND_FREES], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 40_000_000  # without it 304 MB on glibc 2.36
+
+
+def test_what_exists_is_not_looked_through_again() -> None:
+    class Node:
+        itself: object = None
+
+    old = Node()
+    old.itself = old
+    spare_the_collector()
+    try:
+        watched = gc.get_objects()
+        new = Node()
+        new.itself = new
+        assert not any(each is old for each in watched)
+        assert any(each is new for each in gc.get_objects())
+        gone = weakref.ref(new)
+        del new, watched
+        gc.collect()
+        assert gone() is None  # what comes later is collected as ever
+    finally:
+        gc.unfreeze()
