@@ -123,14 +123,14 @@ def test_a_version_with_code_of_its_own_answers_where_the_code_lies_elsewhere(
     assert json.loads((tmp_path / "out.jsonl").read_text())["answer"]["value"] == 2.5
 
 
-def test_scores_are_the_same_with_two_workers_and_with_one(
+def test_scores_are_the_same_with_three_workers_and_with_one(
     ray_cluster: RayCluster, ray_environment: dict[str, str], store: ObjectStore, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(json.dumps(SECTIONS))
-    call = ("evaluate", tmp_path / "tiny.yaml", "--store", store.location, "--num-workers", 2)
-    two = eagleray(ray_cluster, ray_environment, *call)
+    call = ("evaluate", tmp_path / "tiny.yaml", "--store", store.location, "--num-workers", 3)
+    three = eagleray(ray_cluster, ray_environment, *call)
     ref, load = opened(store)
     one = evaluate(RunConfig.model_validate(SECTIONS), ref, load, run_in_line)
-    assert two["scores"] == one.scores
-    assert two["baselines"] == one.baselines and "exact_match/date" in two["scores"]
+    assert three["scores"] == one.scores
+    assert three["baselines"] == one.baselines and "exact_match/date" in three["scores"]
     assert len([info for info in store.list("runs/tiny/r1/evaluations")]) == 1
