@@ -117,8 +117,8 @@ def keep_heap_small(device_type: str, gathered_bytes: int) -> None:
 def spare_the_collector() -> None:
     """Take what exists now out of the sight of Python's collector: it stays until the process ends.
 
-    torch and transformers alone are a million objects. A save makes many new ones for its manifest, which has Python
-    look through all of them: 0.3 s, in which this rank holds up all others.
+    torch and transformers alone are a million objects. A save makes many new ones for its manifest, which has
+    Python look through all of them: 0.3 s, in which this rank holds up all others.
     """
     gc.collect()
     gc.freeze()
