@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)
+_WANTED: ContextVar[Tensor | None] = ContextVar("wanted", default=None)
 
 
 def choose_before_projecting(model: nn.Module) -> None:
@@ -31,23 +31,23 @@ def choose_before_projecting(model: nn.Module) -> None:
 
 
 @contextmanager
-def projecting_only(positions: Tensor) -> Iterator[None]:
+def projecting_only(wanted: Tensor) -> Iterator[None]:
     """Have the models that are called meanwhile project only some positions.
 
     Args:
-        positions: Indices into the flattened (B, T) positions, shape (N,). Logits of models that heed it have the
-            shape (N, V), of others still (B, T, V).
+        wanted: Whether a position is projected, of the flattened (B, T) positions, bool, shape (B * T,). Logits of
+            models that heed it have the shape (N, V) with the N positions that are, of others still (B, T, V).
     """
-    token = _POSITIONS.set(positions)
+    token = _WANTED.set(wanted)
     try:
         yield
     finally:
-        _POSITIONS.reset(token)
+        _WANTED.reset(token)
 
 
 def _choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    positions = _POSITIONS.get()
-    if positions is None:
+    wanted = _WANTED.get()
+    if wanted is None:
         return None
     hidden, *others = args
-    return (hidden.flatten(0, 1).index_select(0, positions), *others)
+    return (hidden.flatten(0, 1).index_select(0, wanted.nonzero().squeeze(1)), *others)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -157,8 +156,7 @@ class TranslationTask(Task):
         """Sum the cross entropy over target tokens, smoothed as in Szegedy et al. 2016 (arXiv 1512.00567)."""
         labels = batch["labels"].flatten()
         is_label = labels != rows.IGNORED
-        wanted = is_label.nonzero().squeeze(1) if labels.device.type == "cpu" else None
-        with nullcontext() if wanted is None else projecting_only(wanted):
+        with projecting_only(is_label):
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -166,7 +164,7 @@ class TranslationTask(Task):
                 use_cache=False,
             ).logits
         if logits.ndim == 2:  # the model has left out the others
-            labels = labels[wanted]
+            labels = labels[is_label]
         total = F.cross_entropy(
             logits.flatten(0, -2).float(),
             labels,
