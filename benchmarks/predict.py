@@ -41,8 +41,8 @@ class Plan:
         num_rounds: Rounds of all sides.
     """
 
-    num_rows: int = 16_000
-    num_rounds: int = 3
+    num_rows: int = 8_000
+    num_rounds: int = 2
 
 
 QUICK = Plan(num_rows=2_500, num_rounds=1)

@@ -99,6 +99,13 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
+def require_right(side: str, url: str) -> None:
+    """Ask once, so that nobody is timed while it fails: a failed item is an answer as well."""
+    answered = httpx.post(url, content=BODY, headers={"content-type": "application/json"}, timeout=START_TIMEOUT_S)
+    if answered.status_code != 200 or answered.json()["predictions"] != [{"value": 1.5}]:
+        raise RuntimeError(f"{side} answers {answered.status_code} {answered.text[:300]}")
+
+
 def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loaded]]]:
     """Return of each side, per round, the load of 16 connections and of one."""
     sides = [side for side in SIDES if side != "LitServe" or find_spec("litserve") is not None]
@@ -107,6 +114,7 @@ def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loa
         turn = number % len(sides)
         for side in (*sides[turn:], *sides[:turn]):
             with started(side, noop) as url:
+                require_right(side, url)
                 load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=min(2.0, plan.seconds))
                 many = load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=plan.seconds)
                 one = load(url, BODY, num_connections=1, seconds=plan.seconds / 2)
@@ -128,7 +136,7 @@ def measure_bulk(plan: Plan, translator: Path) -> dict[int, BulkRun]:
             begin = time.perf_counter()
             whole = httpx.post(route, json=body, timeout=900)
             seconds = time.perf_counter() - begin
-            assert whole.status_code == 200 and len(whole.json()["translations"]) == plan.num_sentences
+            require_whole(whole, plan.num_sentences)
             batch_s = one_batch(route)
             beside = beside_bulk(route, body)
         runs[num_replicas] = BulkRun(plan.num_sentences / seconds, at_rest, beside, batch_s * 1000)
@@ -138,6 +146,15 @@ def measure_bulk(plan: Plan, translator: Path) -> dict[int, BulkRun]:
             flush=True,
         )
     return runs
+
+
+def require_whole(answer: httpx.Response, num_sentences: int) -> None:
+    """Refuse an answer that lacks items or has failed ones."""
+    answer.raise_for_status()
+    items = answer.json()["translations"]
+    failed = [item for item in items if isinstance(item, dict) and "error" in item]
+    if len(items) != num_sentences or failed:
+        raise RuntimeError(f"{len(items)} of {num_sentences} items, {len(failed)} failed: {failed[:1]}")
 
 
 def interactive(route: str, count: int, stop: threading.Event) -> list[float]:

@@ -38,7 +38,7 @@ class NoopTask(Task):
         return Encoded({"value": float(example["value"])}, 1)
 
     def collate(self, rows: Sequence[Features], processor: Processor) -> Batch:
-        return {"value": [row["value"] for row in rows]}
+        return {"value": torch.tensor([row["value"] for row in rows])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         return Loss(model(torch.zeros(())), torch.tensor(1))
@@ -46,7 +46,7 @@ class NoopTask(Task):
     def predict(
         self, model: nn.Module, batch: Batch, processor: Processor, options: Mapping[str, Any]
     ) -> list[Answer]:
-        return [{"value": value} for value in batch["value"]]
+        return [{"value": value} for value in batch["value"].tolist()]
 
     def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
         return {}

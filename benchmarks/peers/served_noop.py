@@ -21,6 +21,7 @@ def run_fastapi(port: int) -> None:
         inputs = (await request.json())["inputs"]
         return {"predictions": [{"value": float(value)} for value in inputs]}
 
+    predict.__annotations__["request"] = Request  # a name of this function, which FastAPI does not look into
     app.add_api_route("/v1/predict", predict, methods=["POST"])
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
 
