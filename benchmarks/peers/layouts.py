@@ -192,12 +192,13 @@ def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 
 def _clip(parameters: Iterable[nn.Parameter], limit: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [
-        norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for kind in (DTensor, Tensor)
-        if (own := [g for g in gradients if (type(g) is DTensor) is (kind is DTensor)])
-        for norm in [torch.nn.utils.get_total_norm(own)]
-    ]
+    # A norm knows one mesh: under FSDP over TP some parameters are on that of the shards alone. In the order of
+    # the parameters, which is the same on all ranks: each norm is a collective.
+    meshes = dict.fromkeys(getattr(gradient, "device_mesh", None) for gradient in gradients)
+    norms = []
+    for mesh in meshes:
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if getattr(g, "device_mesh", None) == mesh])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     _scale(gradients, torch.stack(norms).norm(), limit)
 
 
