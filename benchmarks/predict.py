@@ -42,7 +42,7 @@ class Plan:
     """
 
     num_rows: int = 8_000
-    num_rounds: int = 2
+    num_rounds: int = 3
 
 
 QUICK = Plan(num_rows=2_500, num_rounds=1)

@@ -99,9 +99,13 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def require_right(side: str, url: str) -> None:
-    """Ask once, so that nobody is timed while it fails: a failed item is an answer as well."""
-    answered = httpx.post(url, content=BODY, headers={"content-type": "application/json"}, timeout=START_TIMEOUT_S)
+def ask(url: str) -> httpx.Response:
+    """Ask for the no-op once."""
+    return httpx.post(url, content=BODY, headers={"content-type": "application/json"}, timeout=START_TIMEOUT_S)
+
+
+def require_right(side: str, answered: httpx.Response) -> None:
+    """Refuse a no-op that is not one: what fails is not to be timed, and a failed item comes as a 200."""
     if answered.status_code != 200 or answered.json()["predictions"] != [{"value": 1.5}]:
         raise RuntimeError(f"{side} answers {answered.status_code} {answered.text[:300]}")
 
@@ -114,7 +118,7 @@ def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loa
         turn = number % len(sides)
         for side in (*sides[turn:], *sides[:turn]):
             with started(side, noop) as url:
-                require_right(side, url)
+                require_right(side, ask(url))
                 load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=min(2.0, plan.seconds))
                 many = load(url, BODY, num_connections=NUM_CONNECTIONS, seconds=plan.seconds)
                 one = load(url, BODY, num_connections=1, seconds=plan.seconds / 2)

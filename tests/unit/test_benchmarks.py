@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from http_load import Loaded
 from results_page import markdown_table, replace_section, write_section
+from served import commit, noop_file
+from serving import require_right, require_whole
 from serving_results import BulkRun, report_bulk, report_requests
 from training_results import (
     ONE,
@@ -23,6 +26,9 @@ from training_results import (
 )
 
 from eagleray.config.schema import RunConfig
+from eagleray.engine.engine import load_engine
+from eagleray.store.objects import ObjectStore
+from eagleray.store.registry import Registry
 
 DOCUMENT = """# Title
 <!-- training:begin -->
@@ -138,3 +144,34 @@ def test_replicas_and_small_requests_beside_a_large_one_have_their_targets() -> 
     text = report_bulk(runs, 3000, "a machine")
     assert ["2 replicas, one thread each", "190", "1.90", ">= 1.85"] in cells(text)
     assert ["2", "100", "60", "102", "200", "< 260"] in cells(text)
+
+
+FAILED_ITEM = {"error": {"code": "model_failed", "message": "the model failed on this item", "hint": None}}
+
+
+@pytest.mark.parametrize(
+    ("status", "predictions"),
+    [(200, [FAILED_ITEM]), (200, []), (200, [{"value": 2.5}]), (503, [{"value": 1.5}])],
+)
+def test_a_side_that_does_not_answer_right_is_not_timed(status: int, predictions: list[object]) -> None:
+    require_right("LitServe", httpx.Response(200, json={"predictions": [{"value": 1.5}]}))
+    with pytest.raises(RuntimeError, match=f"LitServe answers {status}"):
+        require_right("LitServe", httpx.Response(status, json={"predictions": predictions}))
+
+
+@pytest.mark.parametrize(("items", "said"), [(["un"], "1 of 2 items"), (["un", FAILED_ITEM], "1 failed")])
+def test_a_large_answer_with_a_gap_is_not_timed(items: list[object], said: str) -> None:
+    def answer(items: list[object]) -> httpx.Response:
+        asked = httpx.Request("POST", "http://127.0.0.1/v1/translate")
+        return httpx.Response(200, json={"translations": items}, request=asked)
+
+    require_whole(answer(["un", "deux"]), 2)
+    with pytest.raises(RuntimeError, match=said):
+        require_whole(answer(items), 2)
+
+
+def test_the_model_that_does_nothing_gives_back_what_it_is_asked(tmp_path: Path) -> None:
+    path = commit(noop_file(), tmp_path)
+    store = ObjectStore.open(yaml.safe_load(path.read_text())["store"])
+    engine = load_engine(Registry(store).open("noop"))
+    assert engine.answer([{"value": 1.5}, {"value": -2}]) == [{"value": 1.5}, {"value": -2.0}]
