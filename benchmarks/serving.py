@@ -128,28 +128,30 @@ def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loa
     return runs
 
 
-def measure_bulk(plan: Plan, translator: Path) -> dict[int, BulkRun]:
-    """Return what one and two replicas do with a large request, and with small ones beside it."""
-    runs = {}
-    for num_replicas in (1, 2):
-        with serving(translator, f"serve.num_replicas={num_replicas}") as url:
-            route = url + "/v1/translate"
-            body = {"text": sentences(plan.num_sentences)}
-            httpx.post(route, json={"text": sentences(300)}, timeout=600).raise_for_status()
-            at_rest = interactive(route, plan.num_alone, threading.Event())
-            begin = time.perf_counter()
-            whole = httpx.post(route, json=body, timeout=900)
-            seconds = time.perf_counter() - begin
-            require_whole(whole, plan.num_sentences)
-            batch_s = one_batch(route)
-            beside = beside_bulk(route, body)
-        runs[num_replicas] = BulkRun(plan.num_sentences / seconds, at_rest, beside, batch_s * 1000)
-        print(
-            f"{num_replicas} replicas: {plan.num_sentences / seconds:,.0f} sentences/s",
-            file=sys.stderr,
-            flush=True,
-        )
+def measure_bulk(plan: Plan, translator: Path) -> dict[int, list[BulkRun]]:
+    """Return what one and two replicas do with a large request, and with small ones beside it, per round."""
+    runs: dict[int, list[BulkRun]] = {1: [], 2: []}
+    for number in range(plan.num_rounds):
+        for num_replicas in (1, 2) if number % 2 == 0 else (2, 1):
+            with serving(translator, f"serve.num_replicas={num_replicas}") as url:
+                run = measure_replicas(plan, url + "/v1/translate")
+            runs[num_replicas].append(run)
+            shown = f"{num_replicas} replicas: {run.sentences_per_s:,.0f} sentences/s"
+            print(f"round {number + 1}, {shown}", file=sys.stderr, flush=True)
     return runs
+
+
+def measure_replicas(plan: Plan, route: str) -> BulkRun:
+    """Return what the replicas of a running server do."""
+    body = {"text": sentences(plan.num_sentences)}
+    httpx.post(route, json={"text": sentences(300)}, timeout=600).raise_for_status()
+    at_rest = interactive(route, plan.num_alone, threading.Event())
+    begin = time.perf_counter()
+    whole = httpx.post(route, json=body, timeout=900)
+    seconds = time.perf_counter() - begin
+    require_whole(whole, plan.num_sentences)
+    batch_s = one_batch(route)
+    return BulkRun(plan.num_sentences / seconds, at_rest, beside_bulk(route, body), batch_s * 1000)
 
 
 def require_whole(answer: httpx.Response, num_sentences: int) -> None:
@@ -204,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("requests", "bulk"), nargs="*", help="both by default")
     parser.add_argument("--quick", action="store_true", help="one round of a second: a smoke run, no measurement")
-    parser.add_argument("--rounds", type=int, help="rounds of all sides of `requests`")
+    parser.add_argument("--rounds", type=int, help="rounds of all sides")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the sections of this document")
     options = parser.parse_args()
     plan = QUICK if options.quick else Plan()

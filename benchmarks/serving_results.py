@@ -18,7 +18,7 @@ MIN_SPEEDUP = 1.85
 
 @dataclass(frozen=True, slots=True)
 class BulkRun:
-    """What so many replicas did.
+    """What so many replicas did in one round.
 
     Attributes:
         sentences_per_s: Of one large request.
@@ -80,30 +80,40 @@ def report_requests(
     return "\n\n".join([about, markdown_table(headers, rows), *missing])
 
 
-def report_bulk(runs: Mapping[int, BulkRun], num_sentences: int, machine: str) -> str:
-    """Return the tables of large requests, and of small ones beside them."""
-    speedup = runs[2].sentences_per_s / runs[1].sentences_per_s
+def report_bulk(runs: Mapping[int, Sequence[BulkRun]], num_sentences: int, machine: str) -> str:
+    """Return the tables of large requests, and of small ones beside them.
+
+    Args:
+        runs: Of each number of replicas, per round.
+        num_sentences: Of a large request.
+        machine: Where.
+    """
+    speeds = {count: [run.sentences_per_s for run in found] for count, found in runs.items()}
+    speedup = median(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
     rows = [
         (
             f"{count} replica{'s' if count > 1 else ''}, one thread each",
-            f"{run.sentences_per_s:,.0f}",
+            f"{median(found):,.0f}",
+            f"{min(found):,.0f} to {max(found):,.0f}",
             f"{speedup:.2f}" if count == 2 else "",
             f">= {MIN_SPEEDUP}" if count == 2 else "",
         )
-        for count, run in runs.items()
+        for count, found in speeds.items()
     ]
     beside = []
-    for count, run in runs.items():
-        p99, limit = percentile(run.at_rest_ms, 0.99), 0.0
-        limit = 2 * p99 + run.batch_ms
-        shown = (p99, run.batch_ms, percentile(run.beside_ms, 0.5), percentile(run.beside_ms, 0.99))
+    for count, found in runs.items():
+        shown = (
+            median(percentile(run.at_rest_ms, 0.99) for run in found),
+            median(run.batch_ms for run in found),
+            median(percentile(run.beside_ms, 0.5) for run in found),
+            median(percentile(run.beside_ms, 0.99) for run in found),
+        )
+        limit = median(2 * percentile(run.at_rest_ms, 0.99) + run.batch_ms for run in found)
         beside.append((f"{count}", *(f"{value:.0f}" for value in shown), f"< {limit:.0f}"))
-    about = f"{machine}. One request of {num_sentences:,} sentences; one run of each."
-    headers = ("replicas", "p99 at rest, ms", "one batch, ms", "p50 beside bulk", "p99 beside bulk", "target")
-    return "\n\n".join(
-        [
-            about,
-            markdown_table((f"{num_sentences:,} sentences at once", "sentences/s", "2 / 1", "target"), rows),
-            markdown_table(headers, beside),
-        ]
+    about = (
+        f"{machine}. One request of {num_sentences:,} sentences. Medians of {len(runs[1])} interleaved rounds; "
+        "the ratio is the median of the rounds' ratios."
     )
+    large = (f"{num_sentences:,} sentences at once", "sentences/s", "slowest to fastest", "2 / 1", "target")
+    small = ("replicas", "p99 at rest, ms", "one batch, ms", "p50 beside bulk", "p99 beside bulk", "target")
+    return "\n\n".join([about, markdown_table(large, rows), markdown_table(small, beside)])
