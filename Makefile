@@ -33,7 +33,7 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## measure beside the peers, one benchmark after another; prints tables (docs/benchmarks.md)
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/layouts_speed.py
 	$(BIN)/python benchmarks/layouts_memory.py
 	$(BIN)/python benchmarks/pipeline_bubble.py

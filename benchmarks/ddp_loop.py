@@ -2,7 +2,7 @@
 
 Run it as `python benchmarks/ddp_loop.py`. Two gloo workers of one thread each take turns: one round of ours, one
 of theirs, and so on; the table shows medians. The peer is `peers/ddp.py`. Without Ray, and with both in the same
-processes, it is less noisy than `training.py`, and the place to look for what a step costs.
+processes, it is less noisy than `training_speed.py`, and the place to look for what a step costs.
 """
 
 from __future__ import annotations

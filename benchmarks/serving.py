@@ -27,8 +27,8 @@ from pathlib import Path
 import httpx
 from http_load import Loaded, client_name, load
 from results_page import describe_machine, write_section
-from served import commit, noop_file, sentences, serving, translation_file
 from serving_results import OURS, PATTERN, BulkRun, report_bulk, report_requests
+from serving_setup import commit, noop_file, sentences, serving, translation_file
 
 PEERS = Path(__file__).parent / "peers" / "served_noop.py"
 SIDES = (OURS, PATTERN, "LitServe", "FastAPI, no Ray")

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from http_load import Loaded
 from results_page import markdown_table, replace_section, write_section
-from served import commit, noop_file
 from serving import require_right, require_whole
 from serving_results import BulkRun, report_bulk, report_requests
+from serving_setup import commit, noop_file
 from training_results import (
     ONE,
     OURS,

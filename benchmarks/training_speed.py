@@ -5,7 +5,7 @@ torchrun train the model of `configs/en-fr.yaml` on the same prepared rows, in t
 thread per worker. They take turns: one round of all of them, then the next one, in another order. Tables show
 medians. The first steps of every run are left out.
 
-    python benchmarks/training.py [--quick] [--write docs/benchmarks.md]
+    python benchmarks/training_speed.py [--quick] [--write docs/benchmarks.md]
 """
 
 from __future__ import annotations
