@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from eagleray_serving.answering import Answers, Asking
-from eagleray_serving.autoscaling import deployment_options
+from eagleray_serving.autoscaling import LOGGING, deployment_options
 from eagleray_serving.board import RayNotes
 from eagleray_serving.bulk import Item, ReplicaDiedError
 from eagleray_serving.bulk_service import BulkService
@@ -248,7 +248,7 @@ def edge_application(
         actor["runtime_env"] = dict(runtime_env)
     deployment = serve.deployment(serve.ingress()(EdgeReplica), name=EDGE_DEPLOYMENT)
     application: ServeApplication = deployment.options(
-        num_replicas=1, max_ongoing_requests=1000, ray_actor_options=actor
+        num_replicas=1, max_ongoing_requests=1000, ray_actor_options=actor, logging_config=dict(LOGGING)
     ).bind(list(plans), token_sha256)
     return application
 
