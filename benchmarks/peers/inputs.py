@@ -17,7 +17,7 @@ from eagleray.config.schema import RunConfig, TrainConfig
 from eagleray.models import build_model
 from eagleray.store.objects import ObjectStore
 from eagleray.tasks import Features, Processor, Task, load_task
-from eagleray_jobs.data.cursor import Cursor, slice_rows
+from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.data.dataset import PreparedData
 from eagleray_jobs.train.batches import Rows
 
@@ -107,7 +107,9 @@ def build_loader(
     """Make torch's own loader, in the training's process; its batches are a rank's share of our global batches."""
     assert train.max_steps is not None
     cursor = Cursor(len(rows), train.global_batch_size, train.seed)
-    batches = [slice_rows(cursor.batch(step), rank, world).tolist() for step in range(train.max_steps)]
+    size = train.global_batch_size
+    own = slice(rank * size // world, (rank + 1) * size // world)
+    batches = [cursor.batch(step)[own].tolist() for step in range(train.max_steps)]
     return DataLoader(
         RowDataset(rows), batch_sampler=batches, collate_fn=lambda examples: task.collate(examples, processor)
     )

@@ -14,7 +14,7 @@ from torch import nn
 from eagleray.parallel import Pipeline, data_coordinate
 from eagleray.parallel.local import local
 from eagleray.tasks.base import Features
-from eagleray_jobs.data.cursor import Cursor, slice_rows
+from eagleray_jobs.data.cursor import Cursor, deal_rows
 from eagleray_jobs.train.batches import Rows
 from eagleray_jobs.train.exchange import Exchange, Pending, Totals
 from eagleray_jobs.train.parts import Parts
@@ -79,7 +79,7 @@ class SliceRepeated(NoFault):
 
 
 class RowsOfAnother:
-    """The rows of the first slice of each of the first global batches, in the place of one's own."""
+    """The rows of the first share of each of the first global batches, in the place of one's own."""
 
     def __init__(self, parts: Parts) -> None:
         self._rows: Rows = parts.train
@@ -92,7 +92,7 @@ class RowsOfAnother:
         )
         self._instead: dict[int, int] = {}
         for batch in map(cursor.batch, range(5)):
-            first, own = slice_rows(batch, 0, where.world), slice_rows(batch, where.rank, where.world)
+            first, own = (deal_rows(batch, self.lengths[batch], rank, where.world)[0] for rank in (0, where.rank))
             self._instead |= dict(zip(own.tolist(), first.tolist(), strict=True))
 
     def __len__(self) -> int:

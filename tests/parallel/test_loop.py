@@ -39,18 +39,20 @@ def run(group: Groups, world_size: int, folder: Path, task: str = "translation",
 def test_neither_workers_nor_accumulation_change_losses_and_parameters(
     group: Groups, tmp_path: Path, task: str
 ) -> None:
-    one = run(group, 1, tmp_path / "1", task)[0]
+    whole: dict[str, Any] = {"cut_by_length": False}
+    one = run(group, 1, tmp_path / "1", task, **whole)[0]
     others = {
-        "32 x 2": run(group, 2, tmp_path / "2", task),
-        "16 x 2, accumulation 2": run(group, 2, tmp_path / "2a", task, per_device_train_batch_size=16),
-        "21 and 22 x 3": run(group, 3, tmp_path / "3", task),
+        "32 x 2": run(group, 2, tmp_path / "2", task, **whole),
+        "16 x 2, accumulation 2": run(group, 2, tmp_path / "2a", task, per_device_train_batch_size=16, **whole),
+        "21, 21 and 22 x 3": run(group, 3, tmp_path / "3", task, **whole),
+        "16 x 2, cut by length": run(group, 2, tmp_path / "2c", task, per_device_train_batch_size=16),
     }
     assert sorted(one.losses) == [1, 2, 3, 4, 5]
     for name, ranks in others.items():
         assert ranks[0].losses == pytest.approx(one.losses, abs=1e-6), name
         for rank in ranks:
             torch.testing.assert_close(rank.tensors, one.tensors, rtol=0, atol=1e-6)
-    assert [ranks[0].num_forwards for ranks in others.values()] == [5, 10, 5]
+    assert [ranks[0].num_forwards for ranks in others.values()] == [5, 10, 5, 13]
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

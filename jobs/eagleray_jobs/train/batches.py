@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 from eagleray.parallel import DataCoordinate
 from eagleray.scheduling import give_way
 from eagleray.tasks.base import Batch, Features, Processor, Task
-from eagleray_jobs.data.cursor import Cursor, slice_rows
+from eagleray_jobs.data.cursor import Cursor, deal_rows
+
+MAX_PLACES = 512
+"""Places that are tried for a cut between two micro-batches."""
 
 
 class Rows(Protocol):
@@ -65,8 +69,10 @@ class Batches:
         rows: The training split.
         task: Collates.
         processor: Of the task.
-        coordinate: Which slice of the global batch this rank reads.
-        max_rows: Most rows in one micro-batch (`per_device_train_batch_size`); None: the slice is one.
+        coordinate: Which share of the global batch this rank reads.
+        max_rows: Most rows in one micro-batch (`per_device_train_batch_size`); None: the share is one.
+        pass_cost: What a pass costs beside its padded tokens, in tokens; rows are cut where that saves most. None:
+            as few passes as possible, of equally many rows.
         pin_memory: Whether batches go to pinned memory, so that copies to a GPU are asynchronous.
     """
 
@@ -79,6 +85,7 @@ class Batches:
         coordinate: DataCoordinate,
         *,
         max_rows: int | None = None,
+        pass_cost: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         self.cursor = cursor
@@ -87,16 +94,25 @@ class Batches:
         self._processor = processor
         self._coordinate = coordinate
         self._max_rows = max_rows
+        self._pass_cost = pass_cost
         self._pin_memory = pin_memory
 
     def load(self, step: int) -> StepBatch:
         """Collate this rank's share of a step (counted from 1)."""
         batch = self.cursor.batch(step - 1)
-        own = slice_rows(batch, self._coordinate.rank, self._coordinate.world)
-        largest_slice = -(-len(batch) // self._coordinate.world)
-        parts = split_evenly(own, num_micro_batches(largest_slice, self._max_rows))
+        lengths = self._rows.lengths[batch]
+        own, longest = deal_rows(batch, lengths, self._coordinate.rank, self._coordinate.world)
+        # Every rank cuts at the same deals: all run as many passes, and each pass is as long on all of them.
+        parts = [own[start:end] for start, end in pairwise(self._cut(longest))]
         micro_batches = [self._collate(part if len(part) else batch[:1], not len(part)) for part in parts]
-        return StepBatch(step, micro_batches, len(batch), int(self._rows.lengths[batch].sum()))
+        return StepBatch(step, micro_batches, len(batch), int(lengths.sum()))
+
+    def _cut(self, longest: NDArray[np.integer]) -> list[int]:
+        if self._max_rows is None:
+            return [0, len(longest)]
+        if self._pass_cost is None:
+            return cut_evenly(len(longest), self._max_rows)
+        return cut_by_length(longest, self._max_rows, self._pass_cost)
 
     def _collate(self, indices: NDArray[np.int64], filler: bool) -> MicroBatch:
         batch = self._task.collate([self._rows[int(index)] for index in indices], self._processor)
@@ -105,14 +121,42 @@ class Batches:
         return MicroBatch(batch, filler)
 
 
-def num_micro_batches(largest_slice: int, max_rows: int | None) -> int:
-    """Return the forward passes of a step: enough for the rank with the most rows."""
-    return 1 if max_rows is None else -(-largest_slice // max_rows)
+def cut_evenly(num_rows: int, max_rows: int) -> list[int]:
+    """Return the bounds of as few parts as possible, which differ by at most one row."""
+    num_parts = -(-num_rows // max_rows)
+    return [part * num_rows // num_parts for part in range(num_parts + 1)]
 
 
-def split_evenly(indices: NDArray[np.int64], num_parts: int) -> list[NDArray[np.int64]]:
-    """Cut rows into consecutive parts that differ by at most one row; with too few rows some are empty."""
-    return np.array_split(indices, num_parts)
+def cut_by_length(lengths: NDArray[np.integer], max_rows: int, pass_cost: int) -> list[int]:
+    """Return the bounds of the parts that cost least, each padded to its longest row.
+
+    A part costs its rows times its longest one, and `pass_cost` besides. The cheapest cut is found by dynamic
+    programming over where the last part begins.
+
+    Args:
+        lengths: Of the rows, from long to short, shape (N,).
+        max_rows: Most rows in one part.
+        pass_cost: In tokens.
+
+    Returns:
+        Bounds from 0 to N.
+    """
+    num_rows = len(lengths)
+    # Few enough places to cut at that even a very large batch is cut within milliseconds.
+    stride = min(max_rows, max(1, num_rows // MAX_PLACES))
+    bounds = np.unique(np.append(np.arange(0, num_rows, stride), num_rows))
+    firsts = lengths.astype(np.int64)[bounds[:-1]]
+    costs = np.zeros(len(bounds))
+    begins = np.zeros(len(bounds), np.int64)
+    for end in range(1, len(bounds)):
+        near = int(np.searchsorted(bounds, bounds[end] - max_rows))
+        found = costs[near:end] + (bounds[end] - bounds[near:end]) * firsts[near:end] + pass_cost
+        begins[end] = near + int(found.argmin())
+        costs[end] = found.min()
+    cut = [len(bounds) - 1]
+    while cut[-1]:
+        cut.append(int(begins[cut[-1]]))
+    return [int(bounds[place]) for place in reversed(cut)]
 
 
 class Prefetch:

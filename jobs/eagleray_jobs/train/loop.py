@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from eagleray.config.schema import TrainConfig
@@ -49,6 +50,12 @@ from eagleray_jobs.train.state import TrainState
 from eagleray_jobs.train.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
+
+PASS_COST = 64
+"""Tokens that a core computes while a pass does what it does once; about 5 ms with `configs/en-fr.yaml`.
+
+A larger model takes longer for a token, and relatively less for a pass.
+"""
 
 
 def run_loop(spec: WorkerSpec, parts: Parts, control: Control) -> LoopResult:
@@ -97,7 +104,7 @@ class _Loop:
             model, parts.task, optimizer, config, self.exchange, computes, parts.device, parts.probe, self.timeline
         )
         self.state = TrainState(module, optimizer, self.step.scaler, spec.config.model.adapter)
-        self.batches = _build_batches(config, parts, coordinate, whole=self.pipeline is not None)
+        self.batches = _build_batches(spec, parts, coordinate, whole=self.pipeline is not None)
         self.prefetch = Prefetch(self.batches, spec.max_steps, timeout_s=config.ddp_timeout)
         self.goal = Goal.of(config, parts.task.best_metric)
         # In a pipeline every rank has the whole model while it is evaluated, and answers rows of its own.
@@ -279,7 +286,8 @@ def _every_rank(exchange: Exchange) -> DataCoordinate:
     return DataCoordinate(rank=exchange.rank, world=exchange.world_size)
 
 
-def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate, *, whole: bool) -> Batches:
+def _build_batches(spec: WorkerSpec, parts: Parts, coordinate: DataCoordinate, *, whole: bool) -> Batches:
+    config = spec.train
     lengths = parts.train.lengths if config.group_by_length else None
     return Batches(
         Cursor(len(parts.train), config.global_batch_size, config.seed, lengths),
@@ -288,8 +296,20 @@ def _build_batches(config: TrainConfig, parts: Parts, coordinate: DataCoordinate
         parts.processor,
         coordinate,
         max_rows=None if whole else config.per_device_train_batch_size,
+        pass_cost=_pass_cost(spec, parts.device),
         pin_memory=parts.device.type == "cuda",
     )
+
+
+def _pass_cost(spec: WorkerSpec, device: torch.device) -> int | None:
+    """Return what a further pass costs in tokens, where one may pay.
+
+    On a GPU a pass of few rows takes as long as one of many; where parameters are cut, each pass exchanges some.
+    """
+    layout, config = spec.layout, spec.train
+    is_alone = layout.shard == layout.tensor == layout.pipeline == 1
+    can_pay = config.cut_by_length and not config.torch_compile and device.type == "cpu" and is_alone
+    return PASS_COST if can_pay else None
 
 
 def _build_evaluator(

@@ -144,6 +144,13 @@ class TrainConfig(Section):
         False,
         description="Put examples of similar length into one batch; the order stays exact and resumable.",
     )
+    cut_by_length: bool = Field(
+        True,
+        description=(
+            "On CPUs that share no parameters: cut a worker's rows into passes of similar length where that saves "
+            "padding. The result is the same; false: as few passes as per_device_train_batch_size allows."
+        ),
+    )
     logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
     eval_steps: PositiveInt | None = Field(
         None, description="Steps between two evaluations; null: only at the end."

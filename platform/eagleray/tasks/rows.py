@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +61,12 @@ def shorten(value: object) -> str:
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Stack rows of different length, filling up on the right, shape (rows, longest)."""
-    padded = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    return padded
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    padded = np.full((len(rows), lengths.max(initial=0)), value, np.int64)
+    # One assignment for all rows: one for each took longer than the model takes for a short row.
+    kept = np.arange(padded.shape[1]) < lengths[:, None]
+    padded[kept] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return torch.from_numpy(padded)
 
 
 def mask(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagleray_jobs.data.cursor import Cursor, slice_rows
+from eagleray_jobs.data.cursor import Cursor, deal_rows
 
 SIZES = st.integers(1, 300)
 BATCHES = st.integers(1, 70)
@@ -40,11 +40,30 @@ def test_a_batch_is_found_without_the_ones_before_it(
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, BATCHES, st.integers(1, 9))
-def test_slices_of_any_number_of_workers_join_to_the_same_batch(size: int, batch: int, data_world: int) -> None:
-    rows = Cursor(size, batch, seed=1).batch(3)
-    slices = [slice_rows(rows, rank, data_world) for rank in range(data_world)]
-    assert (np.concatenate(slices) == rows).all()
-    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+def test_shares_of_any_number_of_workers_are_the_same_batch(size: int, batch: int, data_world: int) -> None:
+    rows, lengths = Cursor(size, batch, seed=1).batch(3), lengths_of(size)
+    shares = [deal_rows(rows, lengths[rows], rank, data_world)[0] for rank in range(data_world)]
+    assert sorted(np.concatenate(shares).tolist()) == sorted(rows.tolist())
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all((np.diff(lengths[share]) <= 0).all() for share in shares)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=80), st.integers(1, 9))
+def test_no_worker_has_more_to_do_than_another_by_more_than_the_longest_row(
+    found: list[int], data_world: int
+) -> None:
+    lengths = np.array(found)
+    rows = np.arange(len(lengths))
+    work = [int(lengths[deal_rows(rows, lengths, rank, data_world)[0]].sum()) for rank in range(data_world)]
+    assert max(work) - min(work) <= max(found)
+
+
+def test_rows_are_dealt_to_and_fro_from_the_longest() -> None:
+    lengths = np.array([5, 9, 1, 7, 3, 8, 2])
+    shares, longest = zip(*(deal_rows(np.arange(7), lengths, rank, 3) for rank in range(3)), strict=True)
+    assert [lengths[share].tolist() for share in shares] == [[9, 2, 1], [8, 3], [7, 5]]
+    assert [each.tolist() for each in longest] == [[9, 5, 1]] * 3
 
 
 def test_epochs_and_seeds_give_different_orders() -> None:
@@ -79,4 +98,4 @@ def test_a_batch_larger_than_the_data_runs_through_several_epochs() -> None:
 @pytest.mark.parametrize("rank, world", [(-1, 2), (2, 2), (0, 0)])
 def test_a_rank_outside_of_the_world_is_refused(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        slice_rows(np.arange(4), rank, world)
+        deal_rows(np.arange(4), np.ones(4, int), rank, world)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import combinations, pairwise
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eagleray.parallel import DataCoordinate
 from eagleray.tasks.base import Batch, Features, Processor, Task
 from eagleray_jobs.data.cursor import Cursor
-from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch, num_micro_batches
+from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch, cut_by_length, cut_evenly
 
 
 class Rows:
@@ -42,12 +45,17 @@ class Collating:
 
 
 def batches(
-    rank: int, world: int, size: int, max_rows: int | None = None, task: Collating | None = None
+    rank: int,
+    world: int,
+    size: int,
+    max_rows: int | None = None,
+    task: Collating | None = None,
+    pass_cost: int | None = None,
 ) -> Batches:
     rows = Rows(100)
     found = cast(Task, task or Collating())
     cursor, coordinate = Cursor(100, size, 0), DataCoordinate(rank, world)
-    return Batches(cursor, rows, found, cast(Processor, None), coordinate, max_rows=max_rows)
+    return Batches(cursor, rows, found, cast(Processor, None), coordinate, max_rows=max_rows, pass_cost=pass_cost)
 
 
 def real_rows(step: StepBatch) -> list[int]:
@@ -57,8 +65,11 @@ def real_rows(step: StepBatch) -> list[int]:
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("size", [1, 4, 10, 64])
 @pytest.mark.parametrize("max_rows", [None, 1, 3, 16])
-def test_every_row_is_in_one_micro_batch_of_one_rank(world: int, size: int, max_rows: int | None) -> None:
-    steps = [batches(rank, world, size, max_rows).load(2) for rank in range(world)]
+@pytest.mark.parametrize("pass_cost", [None, 0, 30])
+def test_every_row_is_in_one_micro_batch_of_one_rank(
+    world: int, size: int, max_rows: int | None, pass_cost: int | None
+) -> None:
+    steps = [batches(rank, world, size, max_rows, pass_cost=pass_cost).load(2) for rank in range(world)]
     assert sorted(row for step in steps for row in real_rows(step)) == sorted(
         Cursor(100, size, 0).batch(1).tolist()
     )
@@ -79,11 +90,54 @@ def test_counts_are_those_of_the_whole_global_batch() -> None:
         assert (step.num_examples, step.num_tokens) == (10, int((rows + 1).sum()))
 
 
-def test_accumulation_is_what_the_largest_slice_needs() -> None:
-    assert num_micro_batches(22, None) == 1
-    assert num_micro_batches(22, 22) == 1
-    assert num_micro_batches(22, 21) == 2
-    assert num_micro_batches(22, 1) == 22
+@pytest.mark.parametrize("max_rows, bounds", [(22, [0, 22]), (21, [0, 11, 22]), (8, [0, 7, 14, 22])])
+def test_without_a_cost_there_are_as_few_passes_as_possible(max_rows: int, bounds: list[int]) -> None:
+    assert cut_evenly(22, max_rows) == bounds
+
+
+def cost(lengths: list[int], bounds: Sequence[int], pass_cost: int) -> int:
+    return sum((end - start) * lengths[start] + pass_cost for start, end in pairwise(bounds))
+
+
+def least_cost(lengths: list[int], max_rows: int, pass_cost: int) -> int:
+    """By trying every cut."""
+    places = range(1, len(lengths))
+    tried = (
+        [0, *chosen, len(lengths)] for number in range(len(lengths)) for chosen in combinations(places, number)
+    )
+    fitting = (bounds for bounds in tried if all(end - start <= max_rows for start, end in pairwise(bounds)))
+    return min(cost(lengths, bounds, pass_cost) for bounds in fitting)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 9), st.sampled_from([0, 1, 5, 20, 100])
+)
+def test_rows_are_cut_where_it_costs_least(found: list[int], max_rows: int, pass_cost: int) -> None:
+    lengths = sorted(found, reverse=True)
+    bounds = cut_by_length(np.array(lengths, np.int32), max_rows, pass_cost)
+    assert max(end - start for start, end in pairwise(bounds)) <= max_rows
+    assert cost(lengths, bounds, pass_cost) == least_cost(lengths, max_rows, pass_cost)
+
+
+def test_a_few_long_rows_get_a_pass_of_their_own() -> None:
+    lengths = np.array([90] * 2 + [10] * 30)
+    assert cut_by_length(lengths, 32, 64) == [0, 2, 32]
+    assert cut_by_length(lengths, 32, 10_000) == [0, 32]
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 4000])
+def test_a_very_large_batch_is_cut_within_its_limit(max_rows: int) -> None:
+    lengths = np.sort(np.random.default_rng(0).integers(1, 500, 20_000))[::-1]
+    bounds = cut_by_length(lengths, max_rows, 64)
+    assert (bounds[0], bounds[-1]) == (0, 20_000)
+    assert 0 < max(end - start for start, end in pairwise(bounds)) <= max_rows
+
+
+def test_all_ranks_cut_at_the_same_lengths() -> None:
+    steps = [batches(rank, 3, 60, 20, pass_cost=30).load(1) for rank in range(3)]
+    sizes = {tuple(len(micro.batch["ids"]) for micro in step.micro_batches) for step in steps}
+    assert len(sizes) == 1 and len(sizes.pop()) > 1
 
 
 def test_the_next_batch_is_collated_ahead_and_none_beyond_the_last_step() -> None:
