@@ -78,7 +78,7 @@ def test_every_micro_batch_passes_every_stage_forward_and_backward(
 
 def test_accumulated_micro_batches_and_their_collectives_are_recorded(group: Groups, tmp_path: Path) -> None:
     layout = {"data_parallel_replicate_degree": 2}
-    spans = spans_of(group, tmp_path, layout, per_device_train_batch_size=16)
+    spans = spans_of(group, tmp_path, layout, per_device_train_batch_size=16, cut_by_length=False)
     assert_nested(spans)
     per_rank = Counter((span["pid"], span["cat"]) for span in spans)
     for rank in (0, 1):

@@ -97,6 +97,7 @@ def leftovers() -> tuple[int, int, list[str]]:
     """Descriptors of memory that is in use and of memory that is not, and files in the folder of shared memory."""
     group = dist.group.WORLD
     assert group is not None
+    gc.collect()  # what other tests have left in this process
     memory = share_memory(model_of(torch.float32), group)
     assert memory is not None
     used = num_descriptors()

@@ -75,7 +75,7 @@ def silent(message: Any) -> list[Any]:
 def linked() -> Iterator[Callable[..., tuple[Link, list[str]]]]:
     links: list[Link] = []
 
-    def make(*replies: Reply, stages: list[list[int]] | None = None, timeout_s: float = 5.0) -> Any:
+    def make(*replies: Reply, stages: list[list[int]] | None = None, timeout_s: float = 2.0) -> Any:
         lost: list[str] = []
         connections: list[Connection] = [FakeRank(reply).ours for reply in replies]  # type: ignore[misc]
         links.append(Link(connections, stages or [list(range(len(replies)))], timeout_s, lost.append))

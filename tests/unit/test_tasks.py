@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from eagleray.config.builtin_tasks import BUILTIN_TASKS
 from eagleray.errors import ConfigError, DataError
 from eagleray.tasks import Task, load_task, task_class
+from eagleray.tasks.base import move
 from eagleray.tasks.rows import IGNORED
 
 TASKS = list(ROWS)
@@ -276,3 +277,8 @@ def test_an_own_task_is_found_by_its_import_path(tmp_path: Path, monkeypatch: py
 def test_what_is_said_of_a_built_in_task_without_importing_it_is_what_its_class_says(name: str) -> None:
     said, found = BUILTIN_TASKS[name], task_class(name)
     assert (said.route, said.input_columns) == (found.route, found.input_columns)
+
+
+def test_a_batch_of_something_else_than_tensors_names_the_value() -> None:
+    with pytest.raises(ConfigError, match="the task's collate returned labels as list"):
+        move({"input_ids": torch.zeros(1), "labels": [1]}, torch.device("cpu"))  # type: ignore[dict-item]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eagleray.config.schema import RunConfig
+from eagleray.errors import ConfigError
 
 Example = Mapping[str, Any]
 """One row under the task's column names; may carry `kind` (scores are shown per kind) and `key` (the split)."""
@@ -170,5 +171,15 @@ def batches_itself(predict: Callable[..., Any]) -> bool:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to a device."""
+    """Copy a batch to a device.
+
+    Raises:
+        ConfigError: The task's `collate` returned something else than tensors.
+    """
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"the task's collate returned {name} as {type(value).__name__}",
+                "every value of a batch must be a tensor",
+            )
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
