@@ -44,7 +44,7 @@ class Plan:
 
     num_rounds: int = 2
     seconds: float = 6.0
-    num_sentences: int = 3000
+    num_sentences: int = 9000
     num_alone: int = 200
 
 

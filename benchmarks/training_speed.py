@@ -40,7 +40,7 @@ from training_results import (
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = ROOT / "configs" / "en-fr.yaml"
-RUN_TIMEOUT_S = 300.0
+RUN_TIMEOUT_S = 150.0
 END_TIMEOUT_S = 60.0
 PEERS: Mapping[Kind, tuple[str, ...]] = {
     "by hand": ("peers.ddp",),
