@@ -27,8 +27,8 @@ from eagleray.store.registry import Registry
 
 NUM_CLIENTS = 6
 TIMEOUT_S = 200.0
-# A negative weight fails on it.
-FATAL = 1_000_000.0
+# A negative weight fails on the one, and on nothing below the other, however long the load goes on.
+FATAL, SMALL = 1_000_000.0, 900
 STEPS = {10: 2.0, 20: 3.0, 30: 5.0, 40: -7.0, 50: 11.0}
 WEIGHTS = {f"r1-step-{step:08d}": weight for step, weight in STEPS.items()}
 V10, V20, V30, V40, V50 = WEIGHTS
@@ -61,7 +61,8 @@ class Load:
             while not self.stop.is_set():
                 number += 1
                 # A new version is tried on first items: what a second one does to it shows under load alone.
-                values = [float(number), FATAL] if number % 10 == 0 else [float(number)]
+                small = float(number % SMALL)
+                values = [small, FATAL] if number % 10 == 0 else [small]
                 headers = {"x-request-id": f"client-{client}-{number}"}
                 try:
                     response = http.post("/v1/predict", json={"inputs": values}, headers=headers)

@@ -24,7 +24,7 @@ SENTENCES = [f"on the {number % 31} of July, at {number} hours" for number in ra
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # Small chunks: a kill meets many, and each is soon done again.
-    en_fr = translation("en-fr", "fr", **TWO, bulk={"chunk_items": 50}, max_new_tokens=4)
+    en_fr = translation("en-fr", "fr", **TWO, bulk={"chunk_items": 50}, max_new_tokens=32)
     server = Server(tmp_path_factory.mktemp("replicas"), en_fr, echo("own", 0.02, **TWO, max_body_bytes=200_000))
     yield server
     assert server.stop() == []
@@ -49,7 +49,7 @@ def test_a_bulk_answer_is_the_same_bytes_when_every_replica_is_killed_in_turn(
         disturbed = pool.submit(bulk, server, headers)
         num_killed = 0
         for process in replicas:
-            threading.Event().wait(1.5)
+            threading.Event().wait(0.8)
             if disturbed.done():
                 break
             process.send_signal(signal.SIGKILL)
