@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankGroup
+from ranks import RankGroup, RankGroups, RanksFailed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,11 +115,13 @@ def test_memory_goes_with_the_model(group: Callable[[int], RankGroup]) -> None:
     assert group(2).run(leftovers) == [(1, 0, [])] * 2
 
 
-def shares_when(what: str) -> tuple[bool, type]:
-    """Whether ranks share memory where one of them cannot, and what their model is wrapped in."""
+def shares_when(what: str) -> tuple[type, int]:
+    """What a layout wraps a model in, and how many hooks it has, where one rank may not see the memory."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            if what == "another host":
+            if what == "one host":
+                pass
+            elif what == "another host":
                 patch.setattr(socket, "gethostname", lambda: "elsewhere")
             else:  # in another container the same path leads to memory of other processes
                 joins = shared_memory._map
@@ -130,16 +132,35 @@ def shares_when(what: str) -> tuple[bool, type]:
         layout = Layout(replicate=dist.get_world_size())
         replicated = apply_layout(model_of(torch.float32), layout, build_mesh(layout, "cpu"), torch.device("cpu"))
         gradients_of(replicated.module, replicated, torch.float32)
-        group = dist.group.WORLD
-        assert group is not None
-        return share_memory(model_of(torch.float32), group) is not None, type(replicated)
+        return type(replicated), len(replicated._comm_hooks)
 
 
-@pytest.mark.parametrize("what", ["another host", "another process"])
-def test_where_one_rank_cannot_see_the_memory_all_use_sockets(
-    group: Callable[[int], RankGroup], what: str
+@pytest.mark.parametrize("what, num_hooks", [("one host", 1), ("another host", 0), ("another process", 0)])
+def test_a_layout_shares_memory_where_all_ranks_see_it_and_uses_sockets_elsewhere(
+    group: Callable[[int], RankGroup], what: str, num_hooks: int
 ) -> None:
-    assert group(2).run(shares_when, what) == [(False, DistributedDataParallel)] * 2
+    assert group(2).run(shares_when, what) == [(DistributedDataParallel, num_hooks)] * 2
+
+
+def ends_in_an_exchange(told: str) -> None:
+    """End one rank between two exchanges, and write down what the other is told."""
+    group = dist.group.WORLD
+    assert group is not None
+    memory = share_memory(nn.Linear(100, 1), group)
+    assert memory is not None
+    memory.average(torch.ones(100))
+    if dist.get_rank() == 1:
+        os._exit(1)
+    try:
+        memory.average(torch.ones(100))
+    except RuntimeError as error:
+        Path(told).write_text(str(error))
+
+
+def test_a_rank_that_ends_fails_the_exchange_of_the_others(tmp_path: Path) -> None:
+    with RankGroups() as groups, pytest.raises(RanksFailed, match="rank 1"):
+        groups(2).run(ends_in_an_exchange, str(tmp_path / "told"))
+    assert "gloo" in (tmp_path / "told").read_text()
 
 
 def shares_sparse() -> bool:

@@ -203,6 +203,7 @@ def test_autoscaling_words_become_serves() -> None:
 
 def test_a_fixed_number_of_replicas_is_not_autoscaled() -> None:
     options = deployment_options(ServeConfig(num_replicas=3))
+    assert options["logging_config"] == {"enable_access_log": False}
     assert (options["num_replicas"], "autoscaling_config" in options) == (3, False)
     assert initial_replicas(ServeConfig(num_replicas=3)) == 3
 
