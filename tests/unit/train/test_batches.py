@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import combinations, pairwise
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,10 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eagleray.config.layout import Layout
 from eagleray.parallel import DataCoordinate
 from eagleray.tasks.base import Batch, Features, Processor, Task
 from eagleray_jobs.data.cursor import Cursor
 from eagleray_jobs.train.batches import Batches, Prefetch, StepBatch, cut_by_length, cut_evenly
+from eagleray_jobs.train.loop import _pass_cost
+from eagleray_jobs.train.spec import WorkerSpec
 
 
 class Rows:
@@ -175,3 +179,24 @@ def test_closing_early_ends_the_thread() -> None:
     _take_and_begin(prefetch, 1)
     prefetch.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize(
+    "layout, device, keys, cuts",
+    [
+        (Layout(), "cpu", {}, True),
+        (Layout(replicate=2), "cpu", {}, True),
+        (Layout(replicate=2), "cpu", {"cut_by_length": False}, False),
+        (Layout(replicate=2), "cpu", {"torch_compile": True}, False),
+        (Layout(replicate=2), "cuda", {}, False),
+        (Layout(replicate=2, shard=2), "cpu", {}, False),
+        (Layout(tensor=2), "cpu", {}, False),
+        (Layout(pipeline=2), "cpu", {}, False),
+    ],
+)
+def test_rows_are_cut_by_length_only_where_a_pass_more_costs_little(
+    layout: Layout, device: str, keys: dict[str, Any], cuts: bool
+) -> None:
+    train = SimpleNamespace(**{"cut_by_length": True, "torch_compile": False, **keys})
+    spec = cast(WorkerSpec, SimpleNamespace(layout=layout, train=train))
+    assert (_pass_cost(spec, torch.device(device)) is not None) == cuts
