@@ -50,7 +50,10 @@ def differences(dtype: torch.dtype, bucket_bytes: int) -> list[float]:
         model = model_of(dtype)
         memory = share_memory(model, group)
         assert memory is not None
-        ours = gradients_of(model, memory.replicate(model, syncs_buffers=False), dtype)
+        cap_mb = bucket_bytes / 2**20
+        replicated = DistributedDataParallel(model, bucket_cap_mb=cap_mb, gradient_as_bucket_view=True)
+        replicated.register_comm_hook(None, memory.exchange)
+        ours = gradients_of(model, replicated, dtype)
     model = model_of(dtype)
     theirs = gradients_of(model, DistributedDataParallel(model), dtype)
     return [

@@ -18,7 +18,7 @@ from eagleray.parallel.pipeline import Pipeline, check_sharded_stages, cut_model
 from eagleray.parallel.plan import ParallelPlan, check_styles, check_tensor_plan
 from eagleray.parallel.recompute import recompute
 from eagleray.parallel.shard import Sharding
-from eagleray.parallel.shared_memory import share_memory
+from eagleray.parallel.shared_memory import BUCKET_BYTES, share_memory
 from eagleray.parallel.stage import LossFunction
 from eagleray.parallel.tensor import TensorParallel
 
@@ -190,12 +190,15 @@ def _replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.M
     # Only running statistics (BatchNorm) need rank 0's buffers; position ids never change.
     has_statistics = any(buffer.is_floating_point() for buffer in model.buffers())
     group = mesh.get_group("dp_replicate")
-    if device.type == "cpu" and (memory := share_memory(model, group)) is not None:
-        return memory.replicate(model, syncs_buffers=has_statistics)
-    return DistributedDataParallel(
+    memory = share_memory(model, group) if device.type == "cpu" else None
+    replicated = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=group,
+        bucket_cap_mb=None if memory is None else BUCKET_BYTES / 2**20,
         forward_sync_buffers=has_statistics,
         gradient_as_bucket_view=True,
     )
+    if memory is not None:
+        replicated.register_comm_hook(None, memory.exchange)
+    return replicated

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
 BUCKET_BYTES = 32 * 2**20
 """Of gradients that are exchanged together. Ranks meet twice for each bucket, so a small model should have one."""
@@ -54,18 +53,6 @@ class SharedMemory:
         self._word = torch.zeros(1)
         self._num_exchanges = 0
 
-    def replicate(self, model: nn.Module, *, syncs_buffers: bool) -> DistributedDataParallel:
-        """Wrap a model whose gradients are exchanged here; called by all ranks together."""
-        replicated = DistributedDataParallel(
-            model,
-            process_group=self._group,
-            bucket_cap_mb=BUCKET_BYTES / 2**20,
-            forward_sync_buffers=syncs_buffers,
-            gradient_as_bucket_view=True,
-        )
-        replicated.register_comm_hook(None, self._exchange)
-        return replicated
-
     def average(self, gradients: Tensor) -> None:
         """Replace a rank's gradients by the mean over all ranks, which call it together; shape (N,).
 
@@ -94,7 +81,8 @@ class SharedMemory:
             if rank != self._rank:
                 gradients[part] = slot[part]
 
-    def _exchange(self, _state: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def exchange(self, _state: None, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """Average a bucket; a communication hook of `DistributedDataParallel`."""
         self.average(bucket.buffer())
         done: Future[Tensor] = Future()
         done.set_result(bucket.buffer())
