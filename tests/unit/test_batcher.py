@@ -120,7 +120,7 @@ def test_interactive_items_go_first_and_bulk_items_are_never_starved() -> None:
     assert run_virtual(main()) == [100, 0, 1, 2, 101, 3, 4, 5, 6, 7]
 
 
-def test_bulk_items_fill_what_interactive_ones_leave() -> None:
+def test_interactive_items_do_not_wait_for_bulk_items_in_a_batch_of_theirs() -> None:
     model = SlowModel()
 
     async def main() -> None:
@@ -131,7 +131,7 @@ def test_bulk_items_fill_what_interactive_ones_leave() -> None:
         await asyncio.gather(first, *bulk, b.submit(1, num_tokens=1), b.submit(2, num_tokens=1))
 
     run_virtual(main())
-    assert [sorted(batch) for batch in model.batches] == [[0], [1, 2, 100], [101]]
+    assert [sorted(batch) for batch in model.batches] == [[0], [1, 2], [100, 101]]
 
 
 def test_only_items_of_equal_options_share_a_batch() -> None:
@@ -334,6 +334,20 @@ def test_bulk_items_leave_room_for_interactive_ones() -> None:
 
     assert run_virtual(main()) == [6]  # it begins with the next step, and ends with it
     assert model.widest == 14 + 2  # one of them interactive
+
+
+def test_bulk_items_enter_beside_interactive_ones_where_each_ends_for_itself() -> None:
+    model = StepwiseModel()
+
+    async def main() -> None:
+        b = stepwise(model, max_items=4)
+        first = asyncio.create_task(b.submit(1, num_tokens=1))
+        await asyncio.sleep(0.5)
+        bulk = [b.submit(9, num_tokens=1, lane=Lane.BULK) for _ in range(2)]
+        await asyncio.gather(first, *bulk, b.submit(2, num_tokens=1))
+
+    run_virtual(main())
+    assert [(at_s, steps) for at_s, steps in model.started if at_s] == [(1, 2), (1, 9), (1, 9)]
 
 
 def test_others_under_other_options_are_not_kept_waiting_by_those_that_could_join() -> None:

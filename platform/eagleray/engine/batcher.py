@@ -268,8 +268,13 @@ class Batcher(Generic[T, R]):
         return entering
 
     def _mates(self, leader: _Request[T, R]) -> Iterator[_Request[T, R]]:
-        """Yield those that may share a batch with an item, in the order of their arrival."""
-        for request in chain.from_iterable(self._waiting.values()):
+        """Yield those that may share a batch with an item, in the order of their arrival.
+
+        Bulk items make a batch longer: where nobody leaves one before its end, interactive items do without them.
+        """
+        is_whole = self._work is not None and not self._work[1].takes_more
+        lanes = [Lane.INTERACTIVE] if is_whole and leader.lane is Lane.INTERACTIVE else list(Lane)
+        for request in chain.from_iterable(self._waiting[lane] for lane in lanes):
             if request is not leader and request.options == leader.options and not request.future.done():
                 yield request
 
