@@ -1,9 +1,9 @@
 """The translation engine beside its peers: tokens per second of the same weights, with the same threads.
 
 transformers' `generate`, fed with length-sorted batches of the size that suits it best and row by row; CTranslate2
-with its own sorting, where it is installed; and ours in each precision. All decode greedily, in one process and in
-turns: one round of all of them, then the next one, in another order. The model is made so that it copies its
-source: every engine gives the same answers, as long as their sources.
+with its own sorting, where it is installed; ours as a file has it by default, and our own loop in each precision.
+All decode greedily, in one process and in turns: one round of all of them, then the next one, in another order.
+The model is made so that it copies its source: every engine gives the same answers, as long as their sources.
 
     python benchmarks/engine.py [--quick] [--write docs/benchmarks.md]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from copying_model import PAD, Size, copying_model, sources
 from engine_results import FIRST, OURS, PEERS, QUICK, Decode, Measured, Plan, Run, Side, report
 from results_page import describe_machine, write_section
 
+from eagleray.engine.ctranslate import write_model
 from eagleray.engine.decoding import DecodingOptions, load_generator
 from eagleray.engine.plan import BatchLimits
 
@@ -75,6 +77,8 @@ class Bench:
     def _load(self, side: Side) -> Decode:
         if side is FIRST:
             return Transformers(self._model, self._options, 1)
+        if side.engine == "ctranslate2":
+            return CTranslate2(self._model, side.dtype, self._options, self._plan.max_items)
         limits = BatchLimits(self._plan.max_items, 2**62)
         generator = load_generator(self._model, limits, side.dtype, side.engine)
         assert generator is not None, "the model is of a known family"
@@ -106,6 +110,28 @@ class Transformers:
                 max_new_tokens=self._options.max_new_tokens,
             )  # fmt: skip
         return [strip(row) for row in found.tolist()]
+
+
+class CTranslate2:
+    """CTranslate2 alone, given all rows at once: it sorts and cuts them itself, and each thread has a batch."""
+
+    def __init__(self, model: Any, dtype: Any, options: DecodingOptions, max_batch_size: int) -> None:
+        import ctranslate2
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(model, dtype, folder)
+            self._translator = ctranslate2.Translator(
+                folder, compute_type=dtype, inter_threads=torch.get_num_threads(), intra_threads=1
+            )
+        self._start = model.generation_config.decoder_start_token_id
+        self._longest, self._max_batch_size = options.max_new_tokens, max_batch_size
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        found = self._translator.translate_batch(
+            [list(map(str, row)) for row in rows], beam_size=1, max_batch_size=self._max_batch_size,
+            max_decoding_length=self._longest, return_end_token=True,
+        )  # fmt: skip
+        return [[self._start, *map(int, each.hypotheses[0])] for each in found]
 
 
 def strip(row: list[int]) -> list[int]:

@@ -16,24 +16,34 @@ Decode = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 """Sources to answers, the start token in front."""
 
 
+NAMES = {
+    "transformers": "transformers `generate`",
+    "ctranslate2": "CTranslate2",
+    "auto": "eagleray",
+    "torch": "eagleray, `engine: torch`",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """One thing that is measured once per round."""
 
-    engine: Literal["transformers", "torch", "ctranslate2"]
+    engine: Literal["transformers", "ctranslate2", "auto", "torch"]
     dtype: Literal["float32", "bfloat16", "int8"]
 
     @property
     def name(self) -> str:
         """How tables call it."""
-        who = {"transformers": "transformers `generate`", "torch": "eagleray", "ctranslate2": "CTranslate2"}
-        return f"{who[self.engine]}, {self.dtype}"
+        return f"{NAMES[self.engine]}, {self.dtype}"
 
 
 FIRST = Side("transformers", "float32")
-FOREIGN_INT8, INT8 = Side("ctranslate2", "int8"), Side("torch", "int8")
+FOREIGN_INT8, INT8 = Side("ctranslate2", "int8"), Side("auto", "int8")
 PEERS = (FIRST, Side("ctranslate2", "float32"), FOREIGN_INT8)
-OURS = (Side("torch", "float32"), Side("torch", "bfloat16"), INT8)
+OURS = (
+    Side("auto", "float32"), INT8,
+    Side("torch", "float32"), Side("torch", "bfloat16"), Side("torch", "int8"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

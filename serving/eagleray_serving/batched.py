@@ -133,7 +133,8 @@ class BatchedEngine:
             if not isinstance(answer, ItemError):
                 loop.call_soon_threadsafe(grown.put_nowait, answer)
 
-        running = self._run(prepared, {**self._defaults, **options}, LANES[asking.lane], tell)
+        growing = self._engine.growing({**self._defaults, **options})
+        running = self._run(prepared, growing, LANES[asking.lane], tell)
         task = loop.create_task(running)
         task.add_done_callback(lambda _: grown.put_nowait(None))
         try:

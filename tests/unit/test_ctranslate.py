@@ -57,10 +57,11 @@ def test_the_model_is_left_as_it_is() -> None:
 
 
 @installed
-def test_auto_takes_it_for_integers_and_marian_only() -> None:
-    assert isinstance(load_generator(marian(), LIMITS, "int8"), CTranslate2Generator)
-    assert isinstance(load_generator(marian(), LIMITS, "int8", "torch"), NetworkGenerator)
-    assert isinstance(load_generator(marian(), LIMITS, "float32"), NetworkGenerator)
+def test_auto_takes_it_for_its_precisions_and_marian_only() -> None:
+    for precision in ("float32", "int8"):
+        assert isinstance(load_generator(marian(), LIMITS, precision), CTranslate2Generator)
+        assert isinstance(load_generator(marian(), LIMITS, precision, "torch"), NetworkGenerator)
+    assert isinstance(load_generator(marian(), LIMITS, "bfloat16"), NetworkGenerator)
     assert isinstance(load_generator(t5(), LIMITS, "int8"), NetworkGenerator)
     with pytest.raises(ConfigError, match=r"serve\.dtype bfloat16 is not for serve\.engine ctranslate2"):
         load_generator(marian(), LIMITS, "bfloat16", "ctranslate2")

@@ -13,6 +13,7 @@ from fake_checkpoint import tiny_checkpoint
 from random_models import marian, sources
 from tiny_models import PAIRS
 
+from eagleray.config.schema import ServeConfig
 from eagleray.engine import Batcher, ItemError, ModelThread, Prepared, load_engine
 from eagleray.engine.continuous import ItemSession
 from eagleray.engine.decoder import DecodingSession, NetworkGenerator
@@ -22,6 +23,8 @@ from eagleray.engine.plan import BatchLimits
 from eagleray.engine.work import Entering
 
 ROWS = sources(12)
+# What decodes step by step, also where CTranslate2 is installed.
+OURS = ServeConfig(engine="torch")
 
 
 def generator(limits: BatchLimits) -> NetworkGenerator:
@@ -107,7 +110,7 @@ def test_a_row_in_a_hurry_begins_before_those_that_wait_and_as_soon_as_one_slot_
 
 
 def test_an_engine_streams_text_that_ends_as_its_answer() -> None:
-    engine = load_engine(tiny_checkpoint()[0])
+    engine = load_engine(tiny_checkpoint()[0], serve=OURS)
     long = " ".join(f"{row['source']}." for row in PAIRS * 4)
     for text in ("two hours", long):
         *partial, last = engine.stream({"source": text}, {"max_new_tokens": 8})
@@ -118,7 +121,7 @@ def test_an_engine_streams_text_that_ends_as_its_answer() -> None:
 
 
 def test_items_enter_and_leave_an_engine_at_work_and_are_answered_as_alone() -> None:
-    engine = load_engine(tiny_checkpoint()[0], limits=BatchLimits(4, 4096))
+    engine = load_engine(tiny_checkpoint()[0], serve=OURS, limits=BatchLimits(4, 4096))
     long = " ".join(f"{row['source']}." for row in PAIRS * 4)
     texts = [row["source"] for row in PAIRS] + [long]
     options = {"max_new_tokens": 8}
@@ -138,7 +141,7 @@ def test_items_enter_and_leave_an_engine_at_work_and_are_answered_as_alone() -> 
 
 
 def test_a_session_that_fails_answers_in_batches_and_only_the_item_at_fault_fails() -> None:
-    engine = load_engine(tiny_checkpoint()[0])
+    engine = load_engine(tiny_checkpoint()[0], serve=OURS)
     options = {"max_new_tokens": 8}
     good, bad = engine.prepare({"source": "two hours"}), engine.prepare({"source": "three days"})
     assert isinstance(good, Prepared) and isinstance(bad, Prepared)
@@ -159,7 +162,7 @@ def test_a_session_that_fails_answers_in_batches_and_only_the_item_at_fault_fail
 
 
 def test_a_model_in_its_thread_takes_items_while_others_are_decoded() -> None:
-    engine = load_engine(tiny_checkpoint()[0], limits=BatchLimits(4, 4096))
+    engine = load_engine(tiny_checkpoint()[0], serve=OURS, limits=BatchLimits(4, 4096))
     options = {"max_new_tokens": 8}
     texts = [row["source"] for row in PAIRS * 5]
     expected = engine.answer([{"source": text} for text in texts], options)

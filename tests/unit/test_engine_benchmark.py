@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from copying_model import EOS, Size, copying_model, sources
-from engine import Transformers, measure, strip
+from engine import CTranslate2, Transformers, measure, strip
 from engine_results import FIRST, FOREIGN_INT8, INT8, Run, ratio, report
 
 from eagleray.engine.options import DecodingOptions
@@ -42,6 +43,12 @@ def test_transformers_copies_in_batches_of_any_size() -> None:
         speed, right = measure(Transformers(copying_model(SIZE, 12), options, size), [rows])
         assert speed > 0 and right == 1.0
     assert strip([1, 5, 1, 1]) == [1, 5]
+
+
+def test_ctranslate2_alone_copies_what_it_is_given_at_once() -> None:
+    pytest.importorskip("ctranslate2", reason="pip install 'eagleray[ctranslate2]'")
+    decode = CTranslate2(copying_model(SIZE, 12), "float32", DecodingOptions(max_new_tokens=24), 4)
+    assert measure(decode, [sources(SIZE, 9, longest=12)])[1] == 1.0
 
 
 def test_the_page_has_the_section() -> None:

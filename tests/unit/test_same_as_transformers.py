@@ -1,18 +1,23 @@
-"""Our decoder gives what transformers' `generate` gives, token for token."""
+"""What decodes gives what transformers' `generate` gives, token for token."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from random_models import EOS, PAD, marian, padded, sources, t5
 
-from eagleray.engine.decoder import NetworkGenerator
+from eagleray.engine.decoding import Backend, load_generator
 from eagleray.engine.options import DecodingOptions
 from eagleray.engine.plan import BatchLimits
 
 ROWS = sources(300, seed=2)
 LIMITS = BatchLimits(max_items=32, max_tokens=100_000)  # rows enter and leave all the time
+TORCH: Backend = "torch"
+installed = pytest.mark.skipif(find_spec("ctranslate2") is None, reason="pip install 'eagleray[ctranslate2]'")
+CTRANSLATE2 = pytest.param("ctranslate2", marks=installed)
+MARIAN_BY_CTRANSLATE2 = pytest.param(marian, "ctranslate2", marks=installed)
 
 
 def by_transformers(model: Any, rows: list[list[int]], options: DecodingOptions) -> list[list[int]]:
@@ -35,16 +40,26 @@ def without_filling(row: list[int]) -> list[int]:
     return row
 
 
-def compare(model: Any, options: DecodingOptions, rows: list[list[int]] = ROWS) -> list[list[int]]:
-    ours = NetworkGenerator.of(model, LIMITS).generate(rows, options)
+def decode(
+    model: Any, rows: list[list[int]], options: DecodingOptions, backend: Backend, limits: BatchLimits = LIMITS
+) -> list[list[int]]:
+    generator = load_generator(model, limits, "float32", backend)
+    assert generator is not None
+    return generator.generate(rows, options)
+
+
+def compare(
+    model: Any, options: DecodingOptions, rows: list[list[int]] = ROWS, backend: Backend = TORCH
+) -> list[list[int]]:
+    ours = decode(model, rows, options, backend)
     assert [without_filling(row) for row in ours] == by_transformers(model, rows, options)
     return ours
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-@pytest.mark.parametrize("family", [marian, t5])
-def test_rows_of_mixed_length(family: Any, num_beams: int) -> None:
-    answers = compare(family(), DecodingOptions(num_beams, max_new_tokens=30))
+@pytest.mark.parametrize("family, backend", [(marian, TORCH), (t5, TORCH), MARIAN_BY_CTRANSLATE2])
+def test_rows_of_mixed_length(family: Any, backend: Backend, num_beams: int) -> None:
+    answers = compare(family(), DecodingOptions(num_beams, max_new_tokens=30), backend=backend)
     lengths = [len(answer) for answer in answers]
     assert len(set(lengths)) > 7 and max(lengths) == 31, "the model does not say enough to compare"
 
@@ -66,14 +81,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", [TORCH, CTRANSLATE2])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_what_the_generation_config_sets_is_followed(settings: dict[str, Any]) -> None:
+def test_what_the_generation_config_sets_is_followed(settings: dict[str, Any], backend: Backend) -> None:
     model = marian()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     for num_beams in (1, 3):
         options = DecodingOptions(num_beams, max_new_tokens=16)
-        ours = NetworkGenerator.of(model, BatchLimits(8, 100_000)).generate(ROWS[:40], options)
+        ours = decode(model, ROWS[:40], options, backend, BatchLimits(8, 100_000))
         ids, mask = padded(ROWS[:40])
         theirs = model.generate(
             input_ids=ids, attention_mask=mask, num_beams=num_beams, max_new_tokens=16, do_sample=False
@@ -82,10 +98,11 @@ def test_what_the_generation_config_sets_is_followed(settings: dict[str, Any]) -
             assert row == other[: len(row)] and set(other[len(row) :]) <= {PAD, EOS}
 
 
-def test_one_row_alone_and_answers_of_one_token() -> None:
+@pytest.mark.parametrize("backend", [TORCH, CTRANSLATE2])
+def test_one_row_alone_and_answers_of_one_token(backend: Backend) -> None:
     for num_beams in (1, 4):
-        compare(marian(), DecodingOptions(num_beams, max_new_tokens=1), ROWS[:3])
-        compare(marian(), DecodingOptions(num_beams, max_new_tokens=20), ROWS[:1])
+        compare(marian(), DecodingOptions(num_beams, max_new_tokens=1), ROWS[:3], backend)
+        compare(marian(), DecodingOptions(num_beams, max_new_tokens=20), ROWS[:1], backend)
 
 
 @pytest.mark.parametrize(

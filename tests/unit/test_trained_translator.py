@@ -13,7 +13,7 @@ from torch import nn
 from eagleray.config.loader import load_files
 from eagleray.config.schema import RunConfig, ServeConfig
 from eagleray.engine import BatchLimits, ItemError, load_engine
-from eagleray.engine.decoder import NetworkGenerator
+from eagleray.engine.decoding import load_generator
 from eagleray.engine.options import DecodingOptions
 from eagleray.models import build_model, model_files
 from eagleray.tasks import Example, Processor, Task, load_task
@@ -65,14 +65,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeCheckpoint, A
     return FakeCheckpoint(config, files, weights(model)), model.eval(), task, held_out
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_answers_are_those_of_transformers_token_for_token(trained: Any, num_beams: int) -> None:
+def test_answers_are_those_of_transformers_token_for_token(trained: Any, num_beams: int, backend: Any) -> None:
     checkpoint, model, task, held_out = trained
     processor = task.load_processor(checkpoint.files())
     rows = [task.encode(example, processor, answer=True).features for example in held_out]
-    ours = NetworkGenerator.of(model, BatchLimits(48, 100_000)).generate(
-        [row["input_ids"] for row in rows], DecodingOptions(num_beams, max_new_tokens=64)
-    )
+    generator = load_generator(model, BatchLimits(48, 100_000), backend=backend)
+    assert generator is not None
+    ours = generator.generate([row["input_ids"] for row in rows], DecodingOptions(num_beams, max_new_tokens=64))
     theirs: list[list[int]] = []
     for start in range(0, len(rows), 100):
         batch = task.collate(rows[start : start + 100], processor)

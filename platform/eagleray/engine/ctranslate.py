@@ -25,7 +25,8 @@ ACTIVATIONS = {"gelu": "GELU", "gelu_new": "GELUTanh", "relu": "RELU", "silu": "
 class CTranslate2Generator:
     """Decodes greedily with CTranslate2, and with another generator what that does otherwise.
 
-    Its beam search keeps other hypotheses than transformers', so beams go to the other generator.
+    Its beam search keeps other hypotheses than transformers', so beams go to the other generator. Each thread
+    decodes rows of its own: two that share the small products of a row mostly wait for each other.
 
     Args:
         model: A `MarianMTModel`.
@@ -41,7 +42,8 @@ class CTranslate2Generator:
     def __init__(
         self, model: nn.Module, compute_type: ComputeType, limits: BatchLimits, otherwise: NetworkGenerator
     ) -> None:
-        self._translator = _load(model, compute_type)
+        self._num_threads = torch.get_num_threads()
+        self._translator = _load(model, compute_type, self._num_threads)
         self._limits, self._otherwise = limits, otherwise
 
     def generate(self, sources: Sequence[Sequence[int]], options: DecodingOptions) -> list[list[int]]:
@@ -52,7 +54,7 @@ class CTranslate2Generator:
         results = self._translator.translate_batch(
             [[str(token) for token in source] for source in sources],
             beam_size=1,
-            max_batch_size=self._limits.max_items,
+            max_batch_size=min(self._limits.max_items, -(-len(sources) // self._num_threads)),
             max_input_length=0,
             max_decoding_length=rules.max_new_tokens,
             min_decoding_length=rules.min_new_tokens,
@@ -69,7 +71,7 @@ class CTranslate2Generator:
         return self._otherwise.start_token_id
 
     def session(self, options: DecodingOptions) -> DecodingSession:
-        """Return a session of the other generator: CTranslate2 gives nothing before the end."""
+        """Return a session of the other generator: CTranslate2 tells nothing before the end."""
         return self._otherwise.session(options)
 
 
@@ -90,17 +92,26 @@ def _is_plain(rules: DecodingRules) -> bool:
     )
 
 
-def _load(model: Any, compute_type: ComputeType) -> Any:
+def _load(model: Any, compute_type: ComputeType, num_threads: int) -> Any:
     import ctranslate2
 
     with tempfile.TemporaryDirectory(prefix="eagleray-ctranslate2-") as folder:
-        spec = _specify(model)
-        spec.validate()
-        spec.optimize(quantization=compute_type)
-        spec.save(folder)
+        write_model(model, compute_type, folder)
         return ctranslate2.Translator(
-            folder, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=torch.get_num_threads()
+            folder, device="cpu", compute_type=compute_type, inter_threads=num_threads, intra_threads=1
         )
+
+
+def write_model(model: Any, compute_type: ComputeType, folder: str) -> None:
+    """Write a `MarianMTModel` as CTranslate2 reads it; a token is called by its number.
+
+    Raises:
+        UnknownModelError: It is another one.
+    """
+    spec = _specify(model)
+    spec.validate()
+    spec.optimize(quantization=compute_type)
+    spec.save(folder)
 
 
 def _specify(model: Any) -> Any:

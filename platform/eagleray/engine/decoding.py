@@ -71,7 +71,7 @@ def load_generator(
         model: A model in evaluation mode, whose weights do not change any more.
         limits: Rows decoded at once.
         precision: Of the matrix products.
-        backend: `auto` is CTranslate2 where that is installed, right and faster, else torch.
+        backend: `auto` is CTranslate2 where that is installed and gives the same tokens faster, else torch.
 
     Raises:
         ConfigError: CTranslate2 was asked for and is not installed, or does not do this.
@@ -89,9 +89,10 @@ def load_generator(
 
 
 def _is_ctranslate2_faster(model: nn.Module, precision: Precision) -> bool:
-    """Whether CTranslate2 is to be preferred: with integers, as docs/benchmarks.md shows; never on a GPU."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return precision == "int8" and on_cpu and find_spec("ctranslate2") is not None and is_known(model)
+    """Whether CTranslate2 is to be preferred: for its precisions, as docs/benchmarks.md shows; never on a GPU."""
+    if precision not in ("float32", "int8") or find_spec("ctranslate2") is None:
+        return False
+    return is_known(model) and all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def _load_ctranslate2(
@@ -101,7 +102,7 @@ def _load_ctranslate2(
         raise ConfigError(
             "serve.engine is ctranslate2, which is not installed", "pip install 'eagleray[ctranslate2]'"
         )
-    if precision not in ("float32", "int8"):
+    if precision != "float32" and precision != "int8":
         raise ConfigError(
             f"serve.dtype {precision} is not for serve.engine ctranslate2", "set float32, int8 or engine: torch"
         )

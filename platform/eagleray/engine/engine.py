@@ -26,6 +26,9 @@ from eagleray.tasks.base import batches_itself
 
 logger = logging.getLogger(__name__)
 
+GROWING = "eagleray.growing"
+"""Key of an option: somebody wishes to see the answer while it grows, from whatever decodes so."""
+
 _SHOWN_CHARACTERS = 300
 _BATCHES_PER_CALL = 16
 _MAX_PADDING_SHARE = 0.2
@@ -153,17 +156,27 @@ class Engine:
         remaining = iter(answers)
         return [self._join(item, [next(remaining) for _ in item.parts]) for item in items]
 
+    def growing(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the options of an item whose answer is to be seen while it grows."""
+        decodes_apart = self._decodes_itself and not self._is_stepwise
+        return {**options, GROWING: True} if decodes_apart else options
+
     def stepper(self, options: Mapping[str, Any] | None = None) -> ItemSession | None:
         """Return what decodes items step by step, so that they enter and leave while others are in work.
 
         Args:
-            options: What a request may set; the task knows its keys.
+            options: What a request may set; the task knows its keys. And what `growing` has added.
 
         Returns:
             None where whole batches are answered: classes, other engines, tasks that generate by themselves.
         """
-        generator = self._answering.generator if isinstance(self._answering, GeneratingModel) else None
-        return None if generator is None or not generator.is_stepwise else self._open(options or {})
+        asked = dict(options or {})
+        is_growing = asked.pop(GROWING, False)
+        return self._open(asked) if self._is_stepwise or is_growing else None
+
+    @property
+    def _is_stepwise(self) -> bool:
+        return isinstance(self._answering, GeneratingModel) and self._answering.generator.is_stepwise
 
     def stream(self, item: Example, options: Mapping[str, Any] | None = None) -> Iterator[Answer | ItemError]:
         """Yield the answer to an item as far as it is known, at last all of it, or its error.
