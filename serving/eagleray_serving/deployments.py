@@ -42,6 +42,8 @@ STATES = {
     "DELETING": "stopping",
 }
 STATES_LIFE_S = 1.0
+# A count of replicas that is older is not used while the next one is read.
+COUNT_LIFE_S = 10.0
 # A request that kills its replica is handed on this often and no more.
 MAX_HAND_ONS = 3
 
@@ -56,6 +58,7 @@ class ServeFleet:
         self._replicas: dict[str, Mapping[str, Any]] = {}
         self._read_at: float | None = None
         self._reading = asyncio.Lock()
+        self._reading_ahead: asyncio.Task[None] | None = None
 
     async def states(self) -> Mapping[str, str]:
         """Return the state of each model; read again after a second."""
@@ -63,12 +66,21 @@ class ServeFleet:
         return self._states
 
     async def count_replicas(self, name: str) -> int:
-        """Return how many replicas of a model run; the last count, where Serve's controller does not answer."""
+        """Return how many replicas of a model run: the last count, while the next one is read.
+
+        Chunks wait for the answer, and Serve's controller may take as long as one of them, or be started again.
+        """
+        if self._reading_ahead is None or self._reading_ahead.done():
+            self._reading_ahead = asyncio.get_running_loop().create_task(self._read_ahead())
+        if self._read_at is None or time.monotonic() - self._read_at > COUNT_LIFE_S:
+            await asyncio.shield(self._reading_ahead)
+        return int(self._replicas.get(name, {}).get("running", 0))
+
+    async def _read_ahead(self) -> None:
         from ray.exceptions import RayError
 
-        with suppress(RayError):  # it is started again; replicas answer meanwhile
+        with suppress(RayError):
             await self._refresh()
-        return int(self._replicas.get(name, {}).get("running", 0))
 
     async def replicas(self) -> Mapping[str, Mapping[str, Any]]:
         """Return how many replicas of each model run, and what autoscaling last saw and wanted."""

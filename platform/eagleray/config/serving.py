@@ -62,7 +62,7 @@ class BulkConfig(Section):
     )
     chunk_items: PositiveInt = Field(128, description="Most items of one chunk.")
     chunk_tokens: PositiveInt = Field(4096, description="Most estimated tokens of one chunk.")
-    chunks_per_replica: PositiveInt = Field(2, description="Chunks that each running replica is given at once.")
+    chunks_per_replica: PositiveInt = Field(3, description="Chunks that each running replica is given at once.")
     max_requests: PositiveInt = Field(8, description="Bulk requests at once; beyond it the answer is 429.")
     timeout_s: PositiveFloat = Field(900.0, description="Seconds after which a bulk request is given up.")
 
@@ -107,7 +107,7 @@ class ServeConfig(Section):
     )
     engine: Literal["auto", "torch", "ctranslate2"] = Field(
         "auto",
-        description="What translates: auto takes CTranslate2 where it is installed, right and faster.",
+        description="What decodes: auto takes CTranslate2 where it is installed and knows the model.",
     )
     num_beams: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Beams of a translation by default.")
     max_new_tokens: PositiveInt | None = Field(
