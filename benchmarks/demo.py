@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ JUDGED_KINDS = {"en-fr": ("date", "unit", "list")}
 PASS_SHARE = 0.90
 BULK_YEARS = range(2000, 2030)
 GROWING = "Tuesday, December 5, 2028"
+CANARY, CANARY_PERCENT, CANARY_REQUESTS = "@step-300", 50, 40
 TRAIN_TIMEOUT_S = 900
 SERVE_TIMEOUT_S = 180
 REQUEST_TIMEOUT_S = 30
@@ -82,6 +83,8 @@ def main() -> int:
         passed = [_examine(loaded.config, server["url"], console) for loaded in load_files(FILES)]
         passed.append(_in_lines(server["url"], console))
         _grow(server["url"], console)
+        _by_hugging_face(server["url"], console)
+        passed.append(_canary(server, console))
     finally:
         _call("serve", "stop", server["id"])
     _show_next_steps(console, time.monotonic() - started)
@@ -149,6 +152,37 @@ def _grow(url: str, console: Console) -> None:
     grown = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
     steps = " > ".join(answer["text"] for answer in grown[:-1])
     console.print(f"{GROWING!r} while it grows: {steps}\n", soft_wrap=True)
+
+
+def _by_hugging_face(url: str, console: Console) -> None:
+    """Ask as Hugging Face's clients do."""
+    response = httpx.post(f"{url}/models/en-fr", json={"inputs": GROWING}, timeout=REQUEST_TIMEOUT_S)
+    response.raise_for_status()
+    console.print(f"as Hugging Face's clients ask, POST /models/en-fr: {response.text}", soft_wrap=True)
+
+
+def _canary(server: dict[str, Any], console: Console) -> bool:
+    """Give an older version half of the requests, and go back: nothing may fail, and both must answer."""
+    before = _answering(server["url"])
+    _call("serve", "canary", "langid", CANARY, "--percent", str(CANARY_PERCENT), "--server", server["id"])
+    during = _answering(server["url"])
+    _call("serve", "rollback", "langid", "--server", server["id"])
+    after = _answering(server["url"])
+    shown = (
+        ", ".join(f"{count} by {version}" for version, count in sorted(versions.items()))
+        for versions in (before, during, after)
+    )
+    console.print("{} requests: {}; with a canary: {}; after rollback: {}\n".format(CANARY_REQUESTS, *shown))
+    return len(before) == 1 and len(during) == 2 and after == before
+
+
+def _answering(url: str) -> Counter[str]:
+    """Ask for some classes; return how many answers each version gave."""
+    with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+        answers = [client.post("/v1/classify", json={"text": GROWING}) for _ in range(CANARY_REQUESTS)]
+    for answer in answers:
+        answer.raise_for_status()
+    return Counter(answer.json()["version"] for answer in answers)
 
 
 def _stream(url: str, text: str | list[str], accept: str) -> Iterator[str]:

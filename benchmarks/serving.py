@@ -42,7 +42,7 @@ START_TIMEOUT_S = 90.0
 class Plan:
     """How long is measured."""
 
-    num_rounds: int = 2
+    num_rounds: int = 3
     seconds: float = 6.0
     num_sentences: int = 9000
     num_alone: int = 200

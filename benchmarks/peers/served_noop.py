@@ -9,6 +9,8 @@ import urllib.request
 from typing import Any
 
 BODY = b'{"inputs": [1.5]}'
+# Of a deployment of Serve's: with its default of 5, the batcher waits for requests that cannot come.
+MAX_ONGOING_REQUESTS = 100
 
 
 def run_fastapi(port: int) -> None:
@@ -42,7 +44,7 @@ def run_serve(port: int) -> None:
 
     app = FastAPI()
 
-    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING_REQUESTS)
     class Model:
         @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
         async def predict(self, inputs: list[Any]) -> list[Any]:
@@ -60,7 +62,8 @@ def run_serve(port: int) -> None:
 
     Ingress.predict.__annotations__["request"] = Request
     Ingress.predict = app.post("/v1/predict")(Ingress.predict)  # type: ignore[method-assign]
-    ingress = serve.deployment(ray_actor_options={"num_cpus": 0})(serve.ingress(app)(Ingress))
+    options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": MAX_ONGOING_REQUESTS}
+    ingress = serve.deployment(**options)(serve.ingress(app)(Ingress))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(
