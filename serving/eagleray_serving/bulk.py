@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from eagleray_serving.admission import DrainRate, overloaded
 from eagleray_serving.answering import Answered, Answers, ItemFailure
-from eagleray_serving.chunks import BulkLimits, Chunk, cut, estimate_tokens
+from eagleray_serving.chunks import BulkLimits, Chunk, Pace, estimate_tokens, split_off
 from eagleray_serving.schema import WireError
 
 # Chunks that may be finished before the one in front of them, for each that may be in flight.
@@ -93,6 +93,7 @@ class Window:
         self._max_requests = max_requests
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._rate = DrainRate()
+        self.pace = Pace()
         self.num_replicas = 1
         self.num_in_flight = 0
         self.num_requests = 0
@@ -135,6 +136,8 @@ class Window:
             finally:
                 with suppress(ValueError):
                     self._waiting.remove(turn)
+        if self.num_in_flight == 0:
+            self.pace.begin()
         self.num_in_flight += 1
         try:
             yield
@@ -147,6 +150,7 @@ class Window:
         self.num_waiting_tokens -= num_tokens
         if answered:
             self._rate.add(num_tokens)
+            self.pace.add(num_tokens / self.num_replicas)
 
     def _wake(self) -> None:
         for turn in [turn for turn in self._waiting if not turn.done()][: self.capacity - self.num_in_flight]:
@@ -168,9 +172,8 @@ class Bulk:
         self._ask = ask
         self._window = window
         self._limits = limits
-        num_tokens = [estimate_tokens(item) for item in items]
-        self._tokens_before = [0, *accumulate(num_tokens)]
-        self._chunks = cut(num_tokens, limits)
+        self._tokens_before = [0, *accumulate(estimate_tokens(item) for item in items)]
+        self._chunks = [Chunk(0, len(items))] if items else []
         self._num_unsettled = 0  # tokens that the window still counts
 
     async def parts(self) -> AsyncGenerator[Part, None]:
@@ -239,7 +242,7 @@ class Bulk:
         try:
             while queue or running:
                 while queue and self._may_start(queue[0], running.values(), may_run_ahead):
-                    chunk = queue.popleft()
+                    chunk = self._take(queue)
                     waiting = sum(self._tokens(each) for each in queue) // self._window.num_replicas
                     running[asyncio.create_task(self._run(chunk, waiting))] = chunk
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -258,6 +261,18 @@ class Bulk:
                         yield Part(chunk.start, answers.items, answers.version, answers.num_tokens)
         finally:
             await _end(running)
+
+    def _take(self, queue: deque[Chunk]) -> Chunk:
+        """Take the next chunk: as much as suits the replicas, or all of what has to be asked again."""
+        if queue[0].num_deaths:
+            return queue.popleft()
+        num_left = sum(self._tokens(each) for each in queue)
+        wanted = self._window.pace.chunk_tokens(num_left, self._window.num_replicas)
+        most = min(self._limits.chunk_tokens, wanted)
+        chunk, rest = split_off(queue.popleft(), self._tokens_before, most, self._limits.chunk_items)
+        if rest is not None:
+            queue.appendleft(rest)
+        return chunk
 
     def _may_start(self, chunk: Chunk, running: Collection[Chunk], may_run_ahead: Callable[[], bool]) -> bool:
         if not running:

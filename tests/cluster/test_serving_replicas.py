@@ -49,7 +49,7 @@ def test_a_bulk_answer_is_the_same_bytes_when_every_replica_is_killed_in_turn(
         disturbed = pool.submit(bulk, server, headers)
         num_killed = 0
         for process in replicas:
-            threading.Event().wait(0.8)
+            threading.Event().wait(0.3)
             if disturbed.done():
                 break
             process.send_signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from virtual_time import run_virtual
 
 from eagleray_serving.answering import Answers, ItemFailure
 from eagleray_serving.bulk import Bulk, Item, Part, ReplicaDiedError, Window
-from eagleray_serving.chunks import BulkLimits, Chunk, cut, estimate_tokens
+from eagleray_serving.chunks import BulkLimits, Chunk, Pace, estimate_tokens, split_off
 from eagleray_serving.schema import WireError
 
 LIMITS = BulkLimits(chunk_tokens=40, chunk_items=8, call_timeout_s=30, patience_s=100)
@@ -72,12 +73,58 @@ def items_of(parts: Sequence[Part]) -> list[Any]:
 
 def test_chunks_hold_every_item_once_in_order_within_their_budget() -> None:
     sizes = [1, 3, 50, 2, 2, 2] + [1] * 20
-    chunks = cut(sizes, BulkLimits(chunk_tokens=5, chunk_items=4))
+    tokens_before = [0, *accumulate(sizes)]
+    chunks, left = [], Chunk(0, len(sizes))
+    while left is not None:
+        chunk, left = split_off(left, tokens_before, 5, 4)
+        chunks.append(chunk)
     assert [index for chunk in chunks for index in range(chunk.start, chunk.stop)] == list(range(len(sizes)))
     for chunk in chunks:
         held = sizes[chunk.start : chunk.stop]
         assert len(held) <= 4 and (sum(held) <= 5 or len(held) == 1)
-    assert cut([], LIMITS) == []
+    assert [chunk.stop for chunk in chunks[:4]] == [2, 3, 5, 9], "as much as fits"
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_chunks_are_as_large_as_a_replica_answers_in_a_quarter_of_a_second_and_smaller_at_the_end() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.chunk_tokens(10**6, 2) == 512
+    assert pace.chunk_tokens(600, 2) == 150
+    clock.now_s += 1000  # nobody asked
+    pace.begin()
+    for tokens_per_s in (8000, 2000):
+        for _ in range(40):
+            clock.now_s += 0.5
+            pace.add(0.5 * tokens_per_s)
+        assert pace.chunk_tokens(10**6, 2) == pytest.approx(tokens_per_s / 4, rel=0.01)
+        assert pace.chunk_tokens(1000, 2) == 250
+    assert pace.chunk_tokens(30, 2) == 128, "what is smaller costs more than it gives"
+
+
+def test_a_slow_model_gets_chunks_that_it_answers_in_time() -> None:
+    class Slow(FakeReplicas):
+        async def ask(self, items: Sequence[Item], waiting_tokens: int) -> Answers:
+            clock.now_s += 0.5 * len(items)
+            return await super().ask(items, waiting_tokens)
+
+    clock, replicas = Clock(), Slow()
+
+    async def go() -> list[Part]:
+        window = replicas.window()
+        window.pace = Pace(clock)
+        bulk = Bulk([*ITEMS] * 10, replicas.ask, window, BulkLimits())
+        return [part async for part in bulk.parts()]
+
+    assert items_of(run_virtual(go())) == EXPECTED * 10
+    num_tokens = [sum(map(estimate_tokens, items)) for items in replicas.calls]
+    assert num_tokens[0] > 500 and max(num_tokens[4:]) <= 128
 
 
 @pytest.mark.parametrize(
@@ -294,8 +341,7 @@ def test_a_whole_answer_is_of_one_version_and_asks_for_the_others_again() -> Non
     replicas = FakeReplicas(swap)
     answers = run_virtual(Bulk(ITEMS, replicas.ask, replicas.window(), LIMITS).whole())
     assert (answers.version, list(answers.items)) == ("r2", EXPECTED)
-    num_chunks = len(Bulk(ITEMS, replicas.ask, replicas.window(), LIMITS)._chunks)
-    assert len(replicas.calls) == num_chunks + 10
+    assert len(replicas.calls) == len(ITEMS) / LIMITS.chunk_items + 10
 
 
 def test_versions_that_never_settle_are_said() -> None:

@@ -60,7 +60,7 @@ class BulkConfig(Section):
     min_tokens: PositiveInt = Field(
         16_384, description="A request with more estimated tokens (4 bytes each) is a bulk request."
     )
-    chunk_items: PositiveInt = Field(128, description="Most items of one chunk.")
+    chunk_items: PositiveInt = Field(256, description="Most items of one chunk; slow models get smaller ones.")
     chunk_tokens: PositiveInt = Field(4096, description="Most estimated tokens of one chunk.")
     chunks_per_replica: PositiveInt = Field(3, description="Chunks that each running replica is given at once.")
     max_requests: PositiveInt = Field(8, description="Bulk requests at once; beyond it the answer is 429.")
