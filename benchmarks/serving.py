@@ -4,7 +4,7 @@
 
 `requests`: the same no-op behind `eagleray serve`, behind what Ray Serve's documentation shows (an ingress, a
 batched deployment, the Python proxy), LitServe, and plain FastAPI. Each side is started alone; one round of all of
-them, then the next one in another order. `bulk`: a small translator with one thread per replica.
+them, then the next one in another order. `bulk`: a translator with one thread per replica.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 from http_load import Loaded, client_name, load
 from results_page import describe_machine, write_section
-from serving_results import OURS, PATTERN, BulkRun, report_bulk, report_requests
+from serving_results import OURS, PATTERN, BulkRun, Replicas, report_bulk, report_requests
 from serving_setup import commit, noop_file, sentences, serving, translation_file
 
 PEERS = Path(__file__).parent / "peers" / "served_noop.py"
@@ -36,6 +36,7 @@ PEER_NAMES = {PATTERN: "serve", "LitServe": "litserve", "FastAPI, no Ray": "fast
 BODY = b'{"inputs": [1.5]}'
 NUM_CONNECTIONS = 16
 START_TIMEOUT_S = 90.0
+ENGINES = ("auto", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,10 @@ class Plan:
     seconds: float = 6.0
     num_sentences: int = 9000
     num_alone: int = 200
+    num_beside: int = 200
 
 
-QUICK = Plan(num_rounds=1, seconds=1.0, num_sentences=600, num_alone=20)
+QUICK = Plan(num_rounds=1, seconds=1.0, num_sentences=600, num_alone=20, num_beside=20)
 
 
 def free_port() -> int:
@@ -128,15 +130,16 @@ def measure_requests(plan: Plan, noop: Path) -> dict[str, list[tuple[Loaded, Loa
     return runs
 
 
-def measure_bulk(plan: Plan, translator: Path) -> dict[int, list[BulkRun]]:
-    """Return what one and two replicas do with a large request, and with small ones beside it, per round."""
-    runs: dict[int, list[BulkRun]] = {1: [], 2: []}
+def measure_bulk(plan: Plan, translator: Path) -> dict[Replicas, list[BulkRun]]:
+    """Return what replicas do with a large request, and with small ones beside it, per round."""
+    sides = [Replicas(engine, count) for engine in ENGINES for count in (1, 2)]
+    runs: dict[Replicas, list[BulkRun]] = {side: [] for side in sides}
     for number in range(plan.num_rounds):
-        for num_replicas in (1, 2) if number % 2 == 0 else (2, 1):
-            with serving(translator, f"serve.num_replicas={num_replicas}") as url:
+        for side in sides if number % 2 == 0 else reversed(sides):
+            with serving(translator, f"serve.num_replicas={side.count}", f"serve.engine={side.engine}") as url:
                 run = measure_replicas(plan, url + "/v1/translate")
-            runs[num_replicas].append(run)
-            shown = f"{num_replicas} replicas: {run.sentences_per_s:,.0f} sentences/s"
+            runs[side].append(run)
+            shown = f"{side.name}: {run.sentences_per_s:,.0f} sentences/s"
             print(f"round {number + 1}, {shown}", file=sys.stderr, flush=True)
     return runs
 
@@ -151,7 +154,9 @@ def measure_replicas(plan: Plan, route: str) -> BulkRun:
     seconds = time.perf_counter() - begin
     require_whole(whole, plan.num_sentences)
     batch_s = one_batch(route)
-    return BulkRun(plan.num_sentences / seconds, at_rest, beside_bulk(route, body), batch_s * 1000)
+    return BulkRun(
+        plan.num_sentences / seconds, at_rest, beside_bulk(route, body, plan.num_beside), batch_s * 1000
+    )
 
 
 def require_whole(answer: httpx.Response, num_sentences: int) -> None:
@@ -187,19 +192,22 @@ def one_batch(route: str) -> float:
     return min(taken)
 
 
-def beside_bulk(route: str, body: Mapping[str, object]) -> list[float]:
-    """Return the milliseconds of small requests while a large one runs."""
+def beside_bulk(route: str, body: Mapping[str, object], count: int) -> list[float]:
+    """Return the milliseconds of small requests while large ones run, one after the other."""
     stop = threading.Event()
-    found: list[float] = []
-    asking = threading.Thread(target=lambda: found.extend(interactive(route, 100_000, stop)))
-    running = threading.Thread(target=lambda: httpx.post(route, json=body, timeout=900).raise_for_status())
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            httpx.post(route, json=body, timeout=900).raise_for_status()
+
+    running = threading.Thread(target=keep_busy)
     running.start()
     time.sleep(0.5)
-    asking.start()
-    running.join()
-    stop.set()
-    asking.join()
-    return found
+    try:
+        return interactive(route, count, stop)
+    finally:
+        stop.set()
+        running.join()
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from http_load import Loaded
@@ -17,8 +17,22 @@ MIN_SPEEDUP = 1.85
 
 
 @dataclass(frozen=True, slots=True)
+class Replicas:
+    """How a model is served: with `serve.engine`, by so many replicas."""
+
+    engine: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        engine = "" if self.engine == "auto" else f", `engine: {self.engine}`"
+        return f"{self.count} replica{'s' if self.count > 1 else ''}{engine}"
+
+
+@dataclass(frozen=True, slots=True)
 class BulkRun:
-    """What so many replicas did in one round.
+    """What some replicas did in one round.
 
     Attributes:
         sentences_per_s: Of one large request.
@@ -80,40 +94,38 @@ def report_requests(
     return "\n\n".join([about, markdown_table(headers, rows), *missing])
 
 
-def report_bulk(runs: Mapping[int, Sequence[BulkRun]], num_sentences: int, machine: str) -> str:
+def report_bulk(runs: Mapping[Replicas, Sequence[BulkRun]], num_sentences: int, machine: str) -> str:
     """Return the tables of large requests, and of small ones beside them.
 
     Args:
-        runs: Of each number of replicas, per round.
+        runs: Of one and of two replicas with each engine, per round.
         num_sentences: Of a large request.
         machine: Where.
     """
-    speeds = {count: [run.sentences_per_s for run in found] for count, found in runs.items()}
-    speedup = median(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
-    rows = [
-        (
-            f"{count} replica{'s' if count > 1 else ''}, one thread each",
-            f"{median(found):,.0f}",
-            f"{min(found):,.0f} to {max(found):,.0f}",
-            f"{speedup:.2f}" if count == 2 else "",
-            f">= {MIN_SPEEDUP}" if count == 2 else "",
-        )
-        for count, found in speeds.items()
-    ]
-    beside = []
-    for count, found in runs.items():
-        shown = (
-            median(percentile(run.at_rest_ms, 0.99) for run in found),
-            median(run.batch_ms for run in found),
-            median(percentile(run.beside_ms, 0.5) for run in found),
-            median(percentile(run.beside_ms, 0.99) for run in found),
-        )
-        limit = median(2 * percentile(run.at_rest_ms, 0.99) + run.batch_ms for run in found)
-        beside.append((f"{count}", *(f"{value:.0f}" for value in shown), f"< {limit:.0f}"))
+    rows, beside = [], []
+    for side, found in runs.items():
+        speeds = [run.sentences_per_s for run in found]
+        alone = [run.sentences_per_s for run in runs[replace(side, count=1)]]
+        speedup = median(many / one for one, many in zip(alone, speeds, strict=True))
+        shown = (f"{speedup:.2f}", f">= {MIN_SPEEDUP}") if side.count > 1 else ("", "")
+        rows.append((side.name, f"{median(speeds):,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}", *shown))
+        # Of all rounds together: the slowest of a hundred is not to be told from one round.
+        at_rest = percentile([value for run in found for value in run.at_rest_ms], 0.99)
+        small = [value for run in found for value in run.beside_ms]
+        batch = median(run.batch_ms for run in found)
+        times = (at_rest, batch, percentile(small, 0.5), percentile(small, 0.99))
+        beside.append((side.name, *(f"{value:.0f}" for value in times), f"< {2 * at_rest + batch:.0f}"))
     about = (
-        f"{machine}. One request of {num_sentences:,} sentences. Medians of {len(runs[1])} interleaved rounds; "
-        "the ratio is the median of the rounds' ratios."
+        f"{machine}. One request of {num_sentences:,} sentences; {len(small):,} small ones beside it. Medians of "
+        f"{len(found)} interleaved rounds; a ratio is the median of the rounds' ratios."
     )
     large = (f"{num_sentences:,} sentences at once", "sentences/s", "slowest to fastest", "2 / 1", "target")
-    small = ("replicas", "p99 at rest, ms", "one batch, ms", "p50 beside bulk", "p99 beside bulk", "target")
-    return "\n\n".join([about, markdown_table(large, rows), markdown_table(small, beside)])
+    headers = (
+        "small requests",
+        "p99 at rest, ms",
+        "one batch, ms",
+        "p50 beside bulk",
+        "p99 beside bulk",
+        "target",
+    )
+    return "\n\n".join([about, markdown_table(large, rows), markdown_table(headers, beside)])

@@ -46,8 +46,8 @@ def translation_file(**serve: Any) -> dict[str, Any]:
     model = {
         "family": "marian",
         "config": {
-            "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512,
+            "d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024,
             "max_position_embeddings": 128,
         },
         "tokenizer": {"vocab_size": 400},

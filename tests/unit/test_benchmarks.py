@@ -10,7 +10,7 @@ import yaml
 from http_load import Loaded
 from results_page import markdown_table, replace_section, write_section
 from serving import require_right, require_whole
-from serving_results import BulkRun, report_bulk, report_requests
+from serving_results import BulkRun, Replicas, report_bulk, report_requests
 from serving_setup import commit, noop_file
 from training_results import (
     ONE,
@@ -143,16 +143,20 @@ def test_replicas_and_small_requests_beside_a_large_one_have_their_targets() -> 
     beside = [2 * value for value in rest]
     runs = {
         # The machine is twice as fast in the second round, which is not the second replica's doing.
-        1: [BulkRun(100.0, rest, rest, 50.0), BulkRun(200.0, rest, rest, 50.0), BulkRun(100.0, rest, rest, 50.0)],
-        2: [
+        Replicas("auto", 1): [
+            BulkRun(100.0, rest, rest, 50.0),
+            BulkRun(200.0, rest, rest, 50.0),
+            BulkRun(100.0, rest, rest, 50.0),
+        ],
+        Replicas("auto", 2): [
             BulkRun(190.0, rest, beside, 60.0),
             BulkRun(360.0, rest, beside, 60.0),
             BulkRun(400.0, rest, beside, 60.0),
         ],
     }
     text = report_bulk(runs, 3000, "a machine")
-    assert ["2 replicas, one thread each", "360", "190 to 400", "1.90", ">= 1.85"] in cells(text)
-    assert ["2", "100", "60", "102", "200", "< 260"] in cells(text)
+    assert ["2 replicas", "360", "190 to 400", "1.90", ">= 1.85"] in cells(text)
+    assert ["2 replicas", "100", "60", "102", "200", "< 260"] in cells(text)
 
 
 FAILED_ITEM = {"error": {"code": "model_failed", "message": "the model failed on this item", "hint": None}}
