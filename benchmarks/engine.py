@@ -118,11 +118,13 @@ class CTranslate2:
     def __init__(self, model: Any, dtype: Any, options: DecodingOptions, max_batch_size: int) -> None:
         import ctranslate2
 
+        num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             write_model(model, dtype, folder)
             self._translator = ctranslate2.Translator(
-                folder, compute_type=dtype, inter_threads=torch.get_num_threads(), intra_threads=1
+                folder, compute_type=dtype, inter_threads=num_threads, intra_threads=1
             )
+        torch.set_num_threads(num_threads)  # it takes them from torch
         self._start = model.generation_config.decoder_start_token_id
         self._longest, self._max_batch_size = options.max_new_tokens, max_batch_size
 

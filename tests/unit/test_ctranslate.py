@@ -57,6 +57,22 @@ def test_the_model_is_left_as_it_is() -> None:
 
 
 @installed
+def test_threads_of_torch_are_left_as_they_are_and_rows_are_shared_out_among_as_many() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first, ours = both()
+        second, _ = both()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert first._num_threads == second._num_threads == 3
+    options = DecodingOptions(max_new_tokens=14)
+    for rows in (ROWS, ROWS[:1], ROWS[:2]):
+        assert second.generate(rows, options) == ours.generate(rows, options)
+
+
+@installed
 def test_auto_takes_it_for_its_precisions_and_marian_only() -> None:
     for precision in ("float32", "int8"):
         assert isinstance(load_generator(marian(), LIMITS, precision), CTranslate2Generator)

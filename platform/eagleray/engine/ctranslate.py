@@ -97,9 +97,11 @@ def _load(model: Any, compute_type: ComputeType, num_threads: int) -> Any:
 
     with tempfile.TemporaryDirectory(prefix="eagleray-ctranslate2-") as folder:
         write_model(model, compute_type, folder)
-        return ctranslate2.Translator(
+        translator = ctranslate2.Translator(
             folder, device="cpu", compute_type=compute_type, inter_threads=num_threads, intra_threads=1
         )
+    torch.set_num_threads(num_threads)  # CTranslate2 sets OpenMP's threads for this one, which are torch's as well
+    return translator
 
 
 def write_model(model: Any, compute_type: ComputeType, folder: str) -> None:
