@@ -113,10 +113,10 @@ class PieceAnswerer:
     reader: ExampleReader
     split: Split
 
-    def __call__(self) -> Callable[[Piece], PieceAnswers]:
-        """Load the model."""
+    def __call__(self) -> Callable[[tuple[int, Piece]], tuple[int, PieceAnswers]]:
+        """Load the model; return what answers a piece, which has a number."""
         engine = self.load()
-        return lambda piece: self._answer(engine, piece)
+        return lambda piece: (piece[0], self._answer(engine, piece[1]))
 
     def _answer(self, engine: Engine, piece: Piece) -> PieceAnswers:
         skipped = SkippedRows()
@@ -152,7 +152,8 @@ def evaluate(
     task, source = load_task(config), open_source(config.data)
     reader = ExampleReader(config.data, task.columns, task.input_columns, split_shares(config.data))
     pieces = [piece for piece in source.pieces if piece.split in (None, split)]
-    results = list(run_items(PieceAnswerer(load, reader, split), pieces))
+    found = dict(run_items(PieceAnswerer(load, reader, split), list(enumerate(pieces))))
+    results = [found[number] for number in sorted(found)]
     for result in results:
         if result.error is not None:
             raise result.error

@@ -21,10 +21,15 @@ LoadEngine = Callable[[], Engine]
 
 
 class RunItems(Protocol):
-    """Runs a function on items by a pool of workers; the results keep the order of the items."""
+    """Runs a function on items by a pool of workers."""
 
     def __call__(self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
-        """Yield the result of each item; `make` makes the function, once in each worker."""
+        """Yield the result of each item as soon as it is there, in any order.
+
+        Args:
+            make: Makes the function, once in each worker.
+            items: What it is called with.
+        """
 
 
 def run_in_line(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
@@ -109,9 +114,11 @@ class ActorPool:
         return "cuda" if self.num_gpus else "cpu"
 
     def __call__(self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
-        """Yield the result of each item, in order."""
+        """Yield the result of each item as soon as it is there."""
         from eagleray_jobs.ray_map import map_on_actors
 
         # What leads a group computes nothing: the ranks have the resources.
         num_cpus, num_gpus = (self.num_cpus, self.num_gpus) if self.num_ranks == 1 else (0, 0)
-        return map_on_actors(make, items, max_workers=self.max_workers, num_cpus=num_cpus, num_gpus=num_gpus)
+        return map_on_actors(
+            make, items, max_workers=self.max_workers, num_cpus=num_cpus, num_gpus=num_gpus, in_order=False
+        )

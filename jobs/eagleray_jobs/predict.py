@@ -1,9 +1,9 @@
 """Answers to a whole file, in its order, by a pool of model actors.
 
-The input is cut into chunks by place. Each chunk is answered by one actor and kept as a part under a name that the
-input, the version and the options decide; an interrupted run finds its parts again, and at most the chunks in
-flight are done twice. The output appears whole, at the end. Which rows are batched together depends on their place
-in the input alone, so that any number of actors writes the same bytes.
+The input is cut into chunks by place. As soon as a chunk is answered it is kept as a part, under a name that the
+input, the version and the options decide. An interrupted run finds its parts again, and does only those chunks
+twice that were being answered: one of each actor. The output appears whole, at the end. Which rows are batched
+together depends on their place in the input alone, so that any number of actors writes the same bytes.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class ChunkAnswerer:
     writer: RowWriter
     options: Mapping[str, Any]
 
-    def __call__(self) -> Callable[[Piece], Part]:
-        """Load the model."""
+    def __call__(self) -> Callable[[tuple[int, Piece]], tuple[int, Part]]:
+        """Load the model; return what answers a chunk, which has a number."""
         engine = self.load()
-        return lambda piece: self._answer(engine, piece)
+        return lambda chunk: (chunk[0], self._answer(engine, chunk[1]))
 
     def _answer(self, engine: Engine, piece: Piece) -> Part:
         rows = list(piece.rows())
@@ -177,7 +177,7 @@ def predict(
         notify(f"predict: {len(done)} of {len(chunks.pieces)} chunks were answered before")
     reader = ExampleReader(config.data, task.input_columns, task.input_columns, SplitShares(0, 0))
     answerer = ChunkAnswerer(load, reader, writer, options or {})
-    for number, part in zip(missing, run_items(answerer, [chunks.pieces[n] for n in missing]), strict=True):
+    for number, part in run_items(answerer, [(number, chunks.pieces[number]) for number in missing]):
         done[number] = parts.keep(number, part)
         notify(f"predict: {len(done)} of {len(chunks.pieces)} chunks")
     parts.join(writer, [done[number]["sha256"] for number in sorted(done)])

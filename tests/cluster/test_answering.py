@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,36 @@ def test_four_workers_that_go_on_where_two_were_stopped_write_byte_for_byte_what
     written = (tmp_path / "out-1.jsonl").read_bytes()
     assert written == (tmp_path / "out-4.jsonl").read_bytes()
     assert [json.loads(line)["source"] for line in written.split(b"\n") if line] == lines
+
+
+def test_a_killed_prediction_does_only_those_chunks_twice_that_were_being_answered(
+    ray_cluster: RayCluster, ray_environment: dict[str, str], tmp_path: Path
+) -> None:
+    notes, num_chunks, num_workers = tmp_path / "notes", 12, 2
+    model = {"factory": "echo_task:build", "config": {"notes": str(notes), "first_s": 6.0}}
+    commit({**echo("noting"), "task": "noting_task:NotingTask", "model": model}, tmp_path / "store")
+    values = list(range(num_chunks * 1000))
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"value": {value}}}\n' for value in values))
+    call = ("predict", "noting", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--store", tmp_path / "store")
+    call += ("--code", CODE, "--num-workers", num_workers)  # type: ignore[assignment]
+
+    def kept() -> list[Path]:
+        return list(tmp_path.glob("out.jsonl.parts/*/*.json"))
+
+    with CommandLine(ray_environment).start(*call, "--address", ray_cluster.address) as process:
+        await_condition(lambda: len(kept()) >= 5, process)
+        process.kill()
+        process.wait(60)
+    assert not (tmp_path / "out.jsonl").exists()
+    begun, num_kept = notes.read_text().split(), len(kept())
+    assert "0" in begun and not any(path.name.startswith("00000000") for path in kept()), "the first one is slow"
+    report = eagleray(ray_cluster, ray_environment, *call)
+    assert (report["num_rows"], report["num_errors"]) == (len(values), 0)
+    assert report["num_resumed"] == 1000 * num_kept
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["answer"]["value"] for row in written] == [2.0 * value for value in values]
+    times = Counter(notes.read_text().split())
+    assert len(times) == num_chunks and 1 <= sum(times.values()) - num_chunks <= num_workers
 
 
 def test_a_version_with_code_of_its_own_answers_where_the_code_lies_elsewhere(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def test_what_a_dead_actor_had_in_hand_is_done_again_without_a_line_on_the_termi
     assert (tmp_path / "died").exists()
     assert results == [2 * number for number in range(20)]
     assert capfd.readouterr().err == ""
+
+
+def test_where_order_does_not_matter_a_slow_item_holds_nobody_up(ray_cluster: RayCluster) -> None:
+    def make() -> Callable[[int], int]:
+        def double(number: int) -> int:
+            time.sleep(4 if number == 0 else 0.1)
+            return 2 * number
+
+        return double
+
+    with connect(ray_cluster.address):
+        results = list(map_on_actors(make, range(12), max_workers=2, num_cpus=0.5, in_order=False))
+    assert sorted(results) == [2 * number for number in range(12)]
+    assert results.index(0) >= 6
 
 
 def test_an_item_that_kills_every_actor_ends_the_work_with_its_place(ray_cluster: RayCluster) -> None:

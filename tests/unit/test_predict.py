@@ -32,6 +32,7 @@ class Predictor:
         self.checkpoint, _ = tiny_checkpoint(task)
         self.num_answered = 0
         self.dies_at: int | None = None
+        self.reverses = False
 
     def __call__(self, name: str, output: str, ref: str | None = None, **options: Any) -> PredictReport:
         config = self.checkpoint.config()
@@ -47,7 +48,7 @@ class Predictor:
         )
 
     def _run(self, make: Callable[[], Callable[[Any], Any]], items: Sequence[Any]) -> Iterator[Any]:
-        for result in run_in_line(make, items):
+        for result in run_in_line(make, items[::-1] if self.reverses else items):
             if self.num_answered == self.dies_at:
                 raise KeyboardInterrupt
             self.num_answered += 1
@@ -139,6 +140,13 @@ def test_an_interrupted_run_goes_on_where_it_was(predictor: Predictor, tmp_path:
     assert predictor.num_answered == 4 - dies_at and report.num_resumed == 4 * dies_at
     assert (tmp_path / "out.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert not (tmp_path / "out.txt.parts").exists()
+
+
+def test_chunks_that_come_in_another_order_are_written_in_theirs(predictor: Predictor, tmp_path: Path) -> None:
+    predictor("in.txt", "whole.txt")
+    predictor.reverses = True
+    predictor("in.txt", "out.txt")
+    assert (tmp_path / "out.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
 
 
 @pytest.mark.parametrize("change", ["input", "ref", "options"])
