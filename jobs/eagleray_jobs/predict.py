@@ -127,7 +127,7 @@ class ChunkAnswerer:
         if isinstance(answer, str):
             return values | {ERROR_COLUMN: answer}
         if isinstance(answer, ItemError):
-            return values | {ERROR_COLUMN: answer.message}
+            return values | {ERROR_COLUMN: str(answer)}
         added = answer_columns(answer)
         if taken := sorted({*added, ERROR_COLUMN} & set(values)):
             problem = f"the row has a column {', '.join(map(repr, taken))}, where the answer would go"

@@ -21,7 +21,6 @@ from eagleray_serving.schema import WireError
 logger = logging.getLogger(__name__)
 
 LANES = {"interactive": Lane.INTERACTIVE, "bulk": Lane.BULK}
-MAX_REASON_CHARACTERS = 200
 # A way into another thread and back costs more than encoding a word: a small item is encoded where it arrives, as
 # long as items have been quicker than this, in seconds.
 QUICK_S = 0.0003
@@ -225,5 +224,5 @@ def _prepare(engine: Engine, item: Mapping[str, Any]) -> Prepared | ItemError:
     except Exception as error:
         # Our own tasks raise DataError; a user's raises what it likes when an item is not what it expects.
         logger.warning("%s cannot encode an item", engine.summary.ref, exc_info=True)
-        reason = f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]
-        return ItemError("invalid_item", f"the task cannot use this item: {reason}", "look at its input columns")
+        reason = f"the task cannot use this item ({type(error).__name__})"
+        return ItemError("invalid_item", reason, "look at its input columns")

@@ -86,7 +86,7 @@ def try_on(engine: Answering, examples: Sequence[Recorded]) -> None:
     for example in examples:
         (found,) = engine.answer([example.item], example.options)
         if isinstance(found, ItemError):
-            raise ServingError(f"{ref} fails on a recorded example: {found.message}", found.hint)
+            raise ServingError(f"{ref} fails on a recorded example: {found.code}", "its server's log says more")
         if set(found) != set(example.answer):
             raise ServingError(
                 f"{ref} answers a recorded example with {_keys(found)}, the current version with "

@@ -14,8 +14,8 @@ import pytest
 
 from eagleray.config.serving import ServeConfig
 from eagleray.engine import BatchLimits
-from eagleray.engine.items import Prepared
-from eagleray_serving.answering import Asking
+from eagleray.engine.items import ItemError, Prepared
+from eagleray_serving.answering import Asking, ItemFailure
 from eagleray_serving.batched import BatchedEngine
 from eagleray_serving.schema import WireError
 
@@ -130,6 +130,32 @@ def test_long_items_and_lists_leave_the_loop_free() -> None:
 
     asyncio.run(go())
     assert all(name.startswith("eagleray-prepare") for name in fake.encoded_in)
+
+
+class TellingEngine(FakeEngine):
+    """Says what it was asked, in whatever it raises."""
+
+    def prepare(self, item: Mapping[str, Any]) -> Prepared:
+        if item["value"] == "my secret":
+            raise ValueError(f"could not convert {item['value']}")
+        return super().prepare(item)
+
+    def run(self, items: Sequence[Prepared], options: Mapping[str, Any]) -> list[Any]:
+        return [ItemError("model_failed", "the model failed (ValueError)", detail="my secret")] * len(items)
+
+
+def test_what_a_task_says_of_an_item_is_not_told_to_those_who_ask() -> None:
+    async def main() -> None:
+        engine = batched(TellingEngine())
+        answers = await engine.answer([{"value": "my secret"}, {"value": 1.0}], {}, ASKING)
+        assert [failed.message for failed in answers.items if isinstance(failed, ItemFailure)] == [
+            "the task cannot use this item (ValueError)",
+            "the model failed (ValueError)",
+        ]
+        assert "secret" not in repr(answers)
+        await engine.close()
+
+    asyncio.run(main())
 
 
 class StuckEngine(FakeEngine):

@@ -153,14 +153,14 @@ def test_a_long_text_is_cut_and_keeps_its_end_token() -> None:
     "row, message",
     [
         ({"target": "x"}, "column 'source' is missing; the row has 'target'"),
-        ({"source": 3, "target": "x"}, r"column 'source' holds 3 \(int\), text was expected"),
+        ({"source": 3, "target": "x"}, "column 'source' holds a value of type int, text was expected"),
         ({"source": "  ", "target": "x"}, "column 'source' is empty"),
         ({"source": None, "target": "x"}, "column 'source' is empty"),
         ({"source": "a\ud800", "target": "x"}, "column 'source' is not valid Unicode at character 1"),
         ({"source": "x", "target": ["y"]}, "column 'target' holds"),
     ],
 )
-def test_a_row_that_cannot_be_used_says_which_column_and_value(row: dict[str, Any], message: str) -> None:
+def test_a_row_that_cannot_be_used_says_which_column_and_what_it_holds(row: dict[str, Any], message: str) -> None:
     task, processor, _ = tiny_parts(tiny_config())
     with pytest.raises(DataError, match=message):
         task.encode(row, processor)

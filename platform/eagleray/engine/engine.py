@@ -138,7 +138,7 @@ class Engine:
         except Exception as error:
             # A user's task raises what it likes on an item that is not what it expects.
             logger.warning("%s cannot encode an item", self.summary.ref, exc_info=True)
-            return ItemError("invalid_item", f"the task cannot use this item: {_shown(error)}")
+            return _failed("invalid_item", "the task cannot use this item", error)
         if any(piece.truncated for piece in pieces):
             return self._too_long(splitting=len(parts) > 1)
         features, lengths = [piece.features for piece in pieces], [piece.length for piece in pieces]
@@ -234,9 +234,7 @@ class Engine:
         except Exception as error:
             if len(rows) == 1:
                 logger.exception("%s failed on an item", self.summary.ref)
-                return [
-                    ItemError("model_failed", f"the model failed on this item: {type(error).__name__}: {error}")
-                ]
+                return [_failed("model_failed", "the model failed on this item", error)]
             half = len(rows) // 2
             return [*self._run_rows(rows[:half], options), *self._run_rows(rows[half:], options)]
         return list(answers)
@@ -254,7 +252,7 @@ class Engine:
             return self.task.join(item.example, item.parts[: len(found)], found)
         except Exception as error:
             logger.exception("%s cannot join the parts of an item", self.summary.ref)
-            return ItemError("model_failed", f"the answers to its parts cannot be joined: {_shown(error)}")
+            return _failed("model_failed", "the answers to its parts cannot be joined", error)
 
     def _too_long(self, *, splitting: bool) -> ItemError:
         limit = f"{self.summary.max_tokens} tokens" if self.summary.max_tokens else "model's limit"
@@ -331,8 +329,9 @@ def _check_precision(precision: Precision, device: torch.device) -> None:
         raise ConfigError("serve.dtype float16 is for GPUs, not for CPUs", "set bfloat16 or int8")
 
 
-def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS]
+def _failed(code: Literal["invalid_item", "model_failed"], message: str, error: Exception) -> ItemError:
+    """Return a failure by the kind of an exception, whose text may be the item's."""
+    return ItemError(code, f"{message} ({type(error).__name__})", detail=str(error)[:_SHOWN_CHARACTERS] or None)
 
 
 def _summarise(task: Task, processor: Processor, ref: str) -> ModelSummary:

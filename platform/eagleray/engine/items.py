@@ -15,13 +15,18 @@ class ItemError:
     Attributes:
         code: `invalid_item`: it cannot be used; `too_long`: it is longer than the model's limit and cannot be
             split; `model_failed`: the model raised on it.
-        message: What happened, with the value and the limit.
+        message: What happened, without the item: a server tells it to whoever asks.
         hint: What to do about it.
+        detail: What a task said of the item, perhaps in the item's own words: for those alone whose item it is.
     """
 
     code: Literal["invalid_item", "too_long", "model_failed"]
     message: str
     hint: str | None = None
+    detail: str | None = None
+
+    def __str__(self) -> str:
+        return self.message if self.detail is None else f"{self.message}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)

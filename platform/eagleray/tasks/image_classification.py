@@ -139,7 +139,7 @@ def read_image_bytes(value: Any) -> bytes:
     if isinstance(value, (list, np.ndarray)):
         return _encode_array(value)
     if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise DataError(f"column 'image' holds {rows.shorten(value)}: no bytes, path or array")
+        raise DataError(f"column 'image' holds a value of type {type(value).__name__}: no bytes, path or array")
     _open(bytes(value))
     return bytes(value)
 

@@ -43,9 +43,9 @@ def read_text(example: Example, column: str) -> str:
     """
     value = read_column(example, column)
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds {shorten(value)} ({type(value).__name__}), text was expected")
+        raise DataError(f"column {column!r} holds a value of type {type(value).__name__}, text was expected")
     if not value.strip():
-        raise DataError(f"column {column!r} is empty: {value!r}")
+        raise DataError(f"column {column!r} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:

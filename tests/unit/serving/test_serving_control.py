@@ -165,7 +165,11 @@ def recorded(*answers: dict[str, Any]) -> list[Recorded]:
 @pytest.mark.parametrize(
     "before, found, message",
     [
-        ({"text": "une heure"}, ItemError("model_failed", "it raised"), "fails on a recorded example: it raised"),
+        (
+            {"text": "une heure"},
+            ItemError("model_failed", "it raised", detail="whose text"),
+            r"m@v2 fails on a recorded example: model_failed\n  its server's log says more$",
+        ),
         ({"text": "une heure"}, {"label": "fr"}, "with label, the current version with text"),
         ({"score": 0.5}, {"score": float("nan")}, "a number that is not finite"),
         ({"scores": {"fr": 0.5}}, {"scores": {"fr": float("inf")}}, "a number that is not finite"),
