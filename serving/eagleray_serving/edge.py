@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -13,9 +12,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from eagleray_serving import haproxy_launcher
-from eagleray_serving.admission import overloaded
 from eagleray_serving.answering import Asking
+from eagleray_serving.bodies import LARGE_BODY_BYTES, LargeBodies
 from eagleray_serving.bulk_service import BulkService
 from eagleray_serving.catalog import ModelCard, choose, find
 from eagleray_serving.dialects import Models, dialect_routes
@@ -34,11 +32,6 @@ from eagleray_serving.web import read_body, request_id
 READY = "ready"
 # Pages that are no JSON.
 MEDIA = {"/docs": HTMLResponse, "/metrics": PlainTextResponse}
-# The front sends bodies above this here, whichever model they are for: it could not send them a second time when a
-# replica dies, and so this application does.
-LARGE_BODY_BYTES = haproxy_launcher.LARGE_BODY_BYTES
-# Large bodies that are held at once; one more is refused before it is read.
-MAX_LARGE_BODIES = 16
 
 
 class Fleet(Protocol):
@@ -90,7 +83,7 @@ class Edge:
         self._body_timeout_s = body_timeout_s
         self._versions = versions
         self._bulk = bulk or {}
-        self._num_large_bodies = 0
+        self._bodies = LargeBodies()
         self._for_people = Page()
 
     def application(self) -> FastAPI:
@@ -119,7 +112,10 @@ class Edge:
         if self._gate.ring.is_asked:
             demand_key(app.openapi())
         self._docs = docs_page(app.openapi())
-        models = Models(self._cards, self._fleet, self._gate, self._max_body_bytes, self._body_timeout_s)
+        models = Models(
+            self._cards, self._fleet.states, self._answer, self._gate, self._bodies,
+            max_body_bytes=self._max_body_bytes, body_timeout_s=self._body_timeout_s,
+        )  # fmt: skip
         app.router.routes.extend([*dialect_routes(models), *self._for_people.routes()])
         return app
 
@@ -181,7 +177,7 @@ class Edge:
 
     async def _hand_on(self, request: Request) -> Response:
         verb, *name = request.scope["path"].removeprefix("/v1/").split("/", 1)
-        with self._held_body(request):
+        with self._bodies.place(request):
             body = await read_body(request, self._max_body_bytes, self._body_timeout_s)
             parsed = parse_json(body)
             if name:
@@ -189,20 +185,13 @@ class Edge:
             else:
                 card = choose(self._cards, verb, parsed)
             asking, lines = Asking(request_id(request)), wants_lines(request.headers)
-            bulk = self._bulk.get(card.name)
-            if bulk is not None and (lines or len(body) > LARGE_BODY_BYTES or bulk.is_large(parsed)):
-                return await self.spread(card.name, body, asking, lines=lines)
-            return await self._fleet.hand_on(card.name, body, asking)
+            return await self._answer(card, parsed, body, asking, lines=lines)
 
-    @contextmanager
-    def _held_body(self, request: Request) -> Iterator[None]:
-        """Bound the memory of bodies: a large one needs a place before it is read."""
-        length = request.headers.get("content-length", "")
-        is_large = not length.isdecimal() or int(length) > LARGE_BODY_BYTES
-        if is_large and self._num_large_bodies >= MAX_LARGE_BODIES:
-            raise overloaded(f"{MAX_LARGE_BODIES} large requests are held already", 5)
-        self._num_large_bodies += is_large
-        try:
-            yield
-        finally:
-            self._num_large_bodies -= is_large
+    async def _answer(
+        self, card: ModelCard, parsed: Mapping[str, Any], body: bytes, asking: Asking, *, lines: bool = False
+    ) -> Response:
+        """Let one replica of a model answer a body, or all of them where it is large."""
+        bulk = self._bulk.get(card.name)
+        if bulk is not None and (lines or len(body) > LARGE_BODY_BYTES or bulk.is_large(parsed)):
+            return await self.spread(card.name, body, asking, lines=lines)
+        return await self._fleet.hand_on(card.name, body, asking)

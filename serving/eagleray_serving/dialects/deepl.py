@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from eagleray_serving.dialects.languages import language_name
 from eagleray_serving.dialects.models import Models
-from eagleray_serving.dialects.shapes import answering, sentence, text_list, text_of
+from eagleray_serving.dialects.shapes import sentence, text_list, text_of
 from eagleray_serving.schema import WireError
 from eagleray_serving.visits import current_visit
 
@@ -68,9 +68,9 @@ def routes(models: Models) -> Sequence[BaseRoute]:
         return {"message": sentence(error)}
 
     return [
-        Route("/v2/translate", answering(translate, error_body), methods=["POST"]),
-        Route("/v2/languages", answering(languages, error_body), methods=["GET", "POST"]),
-        Route("/v2/usage", answering(usage, error_body), methods=["GET", "POST"]),
+        Route("/v2/translate", models.answering(translate, error_body), methods=["POST"]),
+        Route("/v2/languages", models.answering(languages, error_body), methods=["GET", "POST"]),
+        Route("/v2/usage", models.answering(usage, error_body), methods=["GET", "POST"]),
     ]
 
 

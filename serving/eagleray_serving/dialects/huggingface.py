@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from eagleray_serving.catalog import ModelCard
 from eagleray_serving.dialects.languages import same_language
 from eagleray_serving.dialects.models import Models
-from eagleray_serving.dialects.shapes import answering, sentence, text_list
+from eagleray_serving.dialects.shapes import sentence, text_list
 from eagleray_serving.schema import WireError, parse_json
 
 GENERATION = ("num_beams", "max_new_tokens")
@@ -41,7 +41,7 @@ def routes(models: Models) -> Sequence[BaseRoute]:
         return [_labels(item, top_k) for item in (await models.classify(request, card, texts)).items]
 
     path = "/models/{name}"
-    return [Route(path, answering(infer, lambda error: {"error": sentence(error)}), methods=["POST"])]
+    return [Route(path, models.answering(infer, lambda error: {"error": sentence(error)}), methods=["POST"])]
 
 
 def _labels(item: Mapping[str, Any], top_k: int | None) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from eagleray_serving.catalog import ModelCard
 from eagleray_serving.dialects.models import Answer, Models
-from eagleray_serving.dialects.shapes import answering, sentence
+from eagleray_serving.dialects.shapes import sentence
 from eagleray_serving.schema import WireError, parse_json
 
 READY = "ready"
@@ -80,8 +80,8 @@ def routes(models: Models) -> Sequence[BaseRoute]:
     }
     posts = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
     return [
-        *(Route(path, answering(handle, error_body), methods=["GET"]) for path, handle in gets.items()),
-        *(Route(path, answering(infer, error_body), methods=["POST"]) for path in posts),
+        *(Route(path, models.answering(handle, error_body), methods=["GET"]) for path, handle in gets.items()),
+        *(Route(path, models.answering(infer, error_body), methods=["POST"]) for path in posts),
     ]
 
 

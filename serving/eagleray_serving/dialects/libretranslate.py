@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from eagleray_serving.dialects.languages import language_name
 from eagleray_serving.dialects.models import Models
-from eagleray_serving.dialects.shapes import answering, sentence, text_list, text_of
+from eagleray_serving.dialects.shapes import sentence, text_list, text_of
 from eagleray_serving.schema import WireError
 
 AUTO = "auto"
@@ -67,9 +67,9 @@ def routes(models: Models) -> Sequence[BaseRoute]:
         return {"error": sentence(error)}
 
     return [
-        Route("/translate", answering(translate, error_body), methods=["POST"]),
-        Route("/languages", answering(languages, error_body), methods=["GET"]),
-        Route("/detect", answering(detect, error_body), methods=["POST"]),
+        Route("/translate", models.answering(translate, error_body), methods=["POST"]),
+        Route("/languages", models.answering(languages, error_body), methods=["GET"]),
+        Route("/detect", models.answering(detect, error_body), methods=["POST"]),
     ]
 
 

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from eagleray_serving.answering import Asking, ItemFailure
+from eagleray_serving.bodies import LargeBodies
 from eagleray_serving.catalog import ModelCard, find
 from eagleray_serving.dialects.languages import is_language, same_language
+from eagleray_serving.dialects.shapes import ErrorBody, Handler, note_version, version_header
 from eagleray_serving.gate import Gate
+from eagleray_serving.reception import route_of
 from eagleray_serving.schema import ANSWER_KEYS, WireError, parse_json
-from eagleray_serving.web import read_body, request_id
+from eagleray_serving.web import as_wire_error, read_body, request_id
 
 FORM = "application/x-www-form-urlencoded"
 MAX_FORM_FIELDS = 1000
 
 
-class Answering(Protocol):
-    """The way to the models."""
+States = Callable[[], Awaitable[Mapping[str, str]]]
+"""Tells the state of each model by its name."""
 
-    async def states(self) -> Mapping[str, str]:
-        """Return the state of each model by its name."""
 
-    async def hand_on(self, name: str, body: bytes, asking: Asking) -> Response:
-        """Let a model answer a body of `/v1`."""
+class AnswerBody(Protocol):
+    """Lets a model answer a body of `/v1`, one replica or, where it is large, all of them."""
+
+    async def __call__(self, card: ModelCard, parsed: Mapping[str, Any], body: bytes, asking: Asking) -> Response:
+        """Return the answer; `parsed` is what the body holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,30 @@ class Models:
 
     Args:
         cards: What they are.
-        fleet: How they are asked.
+        states: Tells what they are doing.
+        answer_body: How they are asked.
         gate: What knows the keys.
+        bodies: What bounds the large ones.
         max_body_bytes: Largest body.
         body_timeout_s: Seconds in which it must arrive.
     """
 
     def __init__(
-        self, cards: Sequence[ModelCard], fleet: Answering, gate: Gate, max_body_bytes: int, body_timeout_s: float
+        self,
+        cards: Sequence[ModelCard],
+        states: States,
+        answer_body: AnswerBody,
+        gate: Gate,
+        bodies: LargeBodies,
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
     ) -> None:
         self.cards = tuple(cards)
         self.gate = gate
-        self._fleet = fleet
+        self._states = states
+        self._answer_body = answer_body
+        self._bodies = bodies
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
@@ -70,6 +86,25 @@ class Models:
     def translators(self) -> tuple[ModelCard, ...]:
         """The models that translate between two known languages."""
         return tuple(card for card in self.cards if card.source is not None and card.target is not None)
+
+    def answering(self, handle: Handler, error_body: ErrorBody) -> Callable[[Request], Awaitable[Response]]:
+        """Return an endpoint that answers what a handler returns as JSON, and what it raises as the dialect does.
+
+        Args:
+            handle: Returns the body of the answer.
+            error_body: The body of an error.
+        """
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                with self._bodies.place(request):
+                    body = await handle(request)
+                return JSONResponse(body, headers=version_header(request))
+            except Exception as raised:
+                error = as_wire_error(raised, f"{request.method} {route_of(request.scope)}")
+                return JSONResponse(error_body(error), error.status, error.headers())
+
+        return endpoint
 
     def find(self, name: str) -> ModelCard:
         """Return the model of a name.
@@ -81,7 +116,7 @@ class Models:
 
     async def state(self, card: ModelCard) -> str:
         """Return what a model is doing; `ready` is the good word."""
-        return (await self._fleet.states()).get(card.name, "missing")
+        return (await self._states()).get(card.name, "missing")
 
     async def read(self, request: Request) -> bytes:
         """Read a body of any kind.
@@ -180,7 +215,8 @@ class Models:
         return None
 
     async def _ask(self, request: Request, card: ModelCard, body: Mapping[str, Any]) -> Answer:
-        response = await self._fleet.hand_on(card.name, json.dumps(body).encode(), Asking(request_id(request)))
+        encoded, asking = json.dumps(body).encode(), Asking(request_id(request))
+        response = await self._answer_body(card, body, encoded, asking)
         answer = json.loads(bytes(response.body))
         if response.status_code != 200:
             raise _again(response, answer["error"])
@@ -188,6 +224,7 @@ class Models:
         for item in items:
             if "error" in item:
                 raise ItemFailure(**item["error"]).as_error()
+        note_version(request, f"{card.name}@{answer['version']}")
         return Answer(answer["version"], items)
 
 

@@ -1,4 +1,4 @@
-"""A dialect's handler: what it raises is written in the dialect's own shape."""
+"""What the dialects share: their handlers, the header of versions, and how fields are read."""
 
 from __future__ import annotations
 
@@ -6,32 +6,24 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
-from eagleray_serving.reception import route_of
 from eagleray_serving.schema import WireError
-from eagleray_serving.web import as_wire_error
 
 Handler = Callable[[Request], Awaitable[Any]]
 ErrorBody = Callable[[WireError], Mapping[str, Any]]
 
+MODEL_VERSION = "x-model-version"
 
-def answering(handle: Handler, error_body: ErrorBody) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint that answers what a handler returns as JSON, and what it raises as the dialect does.
 
-    Args:
-        handle: Returns the body of the answer.
-        error_body: The body of an error.
-    """
+def note_version(request: Request, ref: str) -> None:
+    """Note that a version has answered a request, or a part of it."""
+    request.state.answered_by = [*getattr(request.state, "answered_by", ()), ref]
 
-    async def endpoint(request: Request) -> Response:
-        try:
-            return JSONResponse(await handle(request))
-        except Exception as raised:
-            error = as_wire_error(raised, f"{request.method} {route_of(request.scope)}")
-            return JSONResponse(error_body(error), error.status, error.headers())
 
-    return endpoint
+def version_header(request: Request) -> dict[str, str]:
+    """Return the header that names the versions that answered: most dialects have no place for them in a body."""
+    refs = dict.fromkeys(getattr(request.state, "answered_by", ()))
+    return {MODEL_VERSION: ", ".join(refs)} if refs else {}
 
 
 def sentence(error: WireError) -> str:

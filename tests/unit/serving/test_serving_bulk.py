@@ -255,14 +255,44 @@ def test_the_edge_spreads_what_is_large_and_hands_on_what_is_small(
     assert not small["en-fr"].calls and not large["en-fr"].calls
 
 
+DIALECTS = {
+    "/models/en-de": lambda texts: {"inputs": texts},
+    "/translate": lambda texts: {"q": texts, "source": "en", "target": "de"},
+    "/v2/models/en-de/infer": lambda texts: {
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "texts, is_spread", [(["a"] * 3, False), (["a"] * 300, True), (["a" * 10_000] * 21, True)]
+)
+@pytest.mark.parametrize("path", DIALECTS)
+def test_what_is_large_is_spread_whatever_client_sends_it(path: str, texts: list[str], is_spread: bool) -> None:
+    edge, small, large = edge_of(EN_FR, EN_DE)
+    response = call(edge.application(), "POST", path, json.dumps(DIALECTS[path](texts)).encode())
+    assert response.status_code == 200 and response.text.count(texts[0].upper()) >= len(texts)
+    assert (bool(small["en-de"].calls), bool(large["en-de"].calls)) == (not is_spread, is_spread)
+    assert edge._bodies.num_held == 0
+
+
+def test_large_bodies_of_other_clients_need_a_place_too() -> None:
+    edge, _, _ = edge_of(EN_FR)
+    edge._bodies.num_held = 16
+    refused = call(edge.application(), "POST", "/models/en-fr", json.dumps({"inputs": "a" * 300_000}).encode())
+    assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
+    assert "large requests are held already" in refused.json()["error"]
+    assert call(edge.application(), "POST", "/models/en-fr", b'{"inputs": "a"}').status_code == 200
+
+
 def test_large_bodies_beyond_what_memory_holds_are_refused_before_they_are_read() -> None:
     edge, _, _ = edge_of(EN_FR)
-    edge._num_large_bodies = 16
+    edge._bodies.num_held = 16
     application = edge.application()
     refused = call(application, "POST", "/v1/translate", json.dumps({"text": "a" * 300_000}).encode())
     assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
     assert call(application, "POST", "/v1/translate", b'{"text": "a"}').status_code == 200
-    assert edge._num_large_bodies == 16
+    assert edge._bodies.num_held == 16
 
 
 @pytest.mark.parametrize(

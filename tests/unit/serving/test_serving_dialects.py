@@ -108,6 +108,24 @@ def test_hugging_face_sends_several_at_once(url: str) -> None:
     assert [[each["label"] for each in item] for item in answer] == [["en", "fr"], ["fr", "en"]]
 
 
+def test_answers_name_the_versions_that_gave_them(url: str) -> None:
+    asked = {
+        "/models/en-fr": ({"inputs": "hello"}, "en-fr"),
+        "/v2/translate": ({"text": ["hello"], "target_lang": "FR"}, "en-fr"),
+        "/translate": ({"q": "été", "source": "auto", "target": "en"}, "fr-en, langid"),
+        "/detect": ({"q": "hello"}, "langid"),
+        "/v2/models/en-fr/infer": (
+            {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["hello"]}]},
+            "en-fr",
+        ),
+    }
+    versions = {card.name: f"{card.name}@{card.version}" for card, _ in ALL}
+    for path, (body, names) in asked.items():
+        headers = httpx.post(url + path, json=body).raise_for_status().headers
+        assert headers["x-model-version"] == ", ".join(versions[name] for name in names.split(", ")), path
+    assert "x-model-version" not in httpx.get(url + "/languages").headers
+
+
 def test_deepl_translates_and_counts(url: str) -> None:
     client = deepl.DeepLClient("any", server_url=url)
     before = client.get_usage().character.count or 0
