@@ -2,7 +2,7 @@
 
 Ray's own exporter is no part of it: it needs an agent, adds seconds and thousands of series, and counts no tokens.
 What a replica tells is values, so that the edge needs to know nothing of what is counted where; each series
-carries the replica's id, as it would where every process is scraped by itself, and goes with its replica.
+carries the replica's model and id, as it would where every process is scraped by itself, and goes with its replica.
 """
 
 from __future__ import annotations
@@ -153,13 +153,15 @@ class Reports:
 
     def render(self, own: Metrics) -> bytes:
         """Return all of it, and what the edge counted itself, in Prometheus's text format."""
-        sources = [(EDGE, own.families()), *((key[1], families) for key, families in self._live().items())]
+        sources: list[tuple[dict[str, str], list[Family]]] = [({"replica": EDGE}, own.families())]
+        for (model, replica), told in self._live().items():
+            sources.append(({"model": model, "replica": replica}, told))
         merged: dict[str, Metric] = {}
-        for replica, families in sources:
+        for origin, families in sources:
             for family in families:
                 metric = merged.setdefault(family.name, Metric(family.name, family.help, family.type))
                 for name, labels, value in family.samples:
-                    metric.add_sample(name, {**labels, "replica": replica}, value)
+                    metric.add_sample(name, {**labels, **origin}, value)
         registry = CollectorRegistry()
         registry.register(_Collected(merged.values()))
         return generate_latest(registry)

@@ -57,6 +57,20 @@ def test_the_edge_shows_what_every_replica_told_last() -> None:
     assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
 
 
+def test_whose_queue_and_batches_they_are_is_told_of_every_replica() -> None:
+    reports = Reports()
+    reports.take("en-fr", "a", counted(1).families())
+    other = Metrics()
+    other.watch_queue(lambda: 30.0)
+    reports.take("langid", "b", other.families())
+    families = read(reports.render(Metrics()).decode())
+    assert value(families, "eagleray_queued_tokens", model="en-fr") == 12
+    assert value(families, "eagleray_queued_tokens", model="langid", replica="b") == 30
+    assert value(families, "eagleray_batch_items_count", model="en-fr") == 1
+    assert value(families, "eagleray_batch_items_count", model="langid") == 0
+    assert value(families, "eagleray_requests_total", model="en-fr", route="/v1/translate") == 1
+
+
 def test_a_replica_that_is_gone_takes_its_series_with_it() -> None:
     now = [0.0]
     reports = Reports(lambda: now[0])
