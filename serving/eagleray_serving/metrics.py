@@ -2,7 +2,7 @@
 
 Ray's own exporter is no part of it: it needs an agent, adds seconds and thousands of series, and counts no tokens.
 What a replica tells is values, so that the edge needs to know nothing of what is counted where; each series
-carries the replica's model and id, as it would where every process is scraped by itself, and goes with its replica.
+carries a replica's model and id, as it would where every process is scraped by itself, and goes with its replica.
 """
 
 from __future__ import annotations
