@@ -20,8 +20,7 @@ import pytest
 from serving_models import Command, commit, family, translation, wait_gone, write_file
 
 TEXTS = [f"{day} July, a text of the {day * 3}" for day in range(1, 20)]
-RANK_TIMEOUT_S = 6.0
-WORKER: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.25}, "rank_timeout_s": RANK_TIMEOUT_S}
+WORKER: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.25}}
 
 
 @dataclass

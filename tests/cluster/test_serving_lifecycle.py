@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -68,6 +69,41 @@ def test_a_killed_server_leaves_no_process_and_its_port_to_a_detached_one_which_
     assert command.run("serve", "status").stdout.strip() == "no server runs"
     with pytest.raises(httpx.ConnectError):
         httpx.get(info["url"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # two servers start
+def test_servers_side_by_side_do_not_meet(models: Path, tmp_path: Path) -> None:
+    commands = [Command(tmp_path / name / "home") for name in ("one", "other")]
+    for command in commands:
+        command.home.parent.mkdir()
+    with ThreadPoolExecutor(2) as pool:  # at once: each looks for free ports while the other does
+        started = list(pool.map(lambda command: command.serve(str(models / "own.yaml")), commands))
+    families = [family(process.pid) for process, _ in started]
+    try:
+        urls = [info["url"] for _, info in started]
+        assert len(set(urls)) == 2
+        pids = [[answered_by(url) for _ in range(20)] for url in urls]
+        for found, own in zip(pids, families, strict=True):
+            assert set(found) <= {process.pid for process in own}
+        (first, _), (_, other) = started
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 0
+        assert wait_gone(families[0]) == []
+        assert answered_by(other["url"]) in pids[1]
+    finally:
+        for process, _ in started:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            assert process.stdout is not None
+            process.stdout.close()
+    assert wait_gone(families[1]) == []
+
+
+def answered_by(url: str) -> int:
+    """Ask once; return the process that answered."""
+    answer = httpx.post(url + "/v1/predict", json={"inputs": [1]}, timeout=30).raise_for_status()
+    return int(answer.json()["predictions"][0]["pid"])
 
 
 @pytest.mark.slow

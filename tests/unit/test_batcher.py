@@ -52,8 +52,7 @@ def test_items_gather_while_the_model_is_busy() -> None:
 
     seconds = run_virtual(main())
     assert seconds <= 1.5
-    assert 200 / len(model.batches) >= 28
-    assert len(model.batches) <= 7
+    assert 200 / len(model.batches) >= 30
 
 
 def test_an_item_that_meets_an_idle_model_waits_for_nobody() -> None:

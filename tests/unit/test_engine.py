@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,6 +83,46 @@ def test_items_together_are_answered_as_alone(task: str) -> None:
         if engine.task.route == "translate":
             assert one == other
         else:
+            assert one["label"] == other["label"]
+            assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
+
+
+CLASSIFIERS = {
+    "bert": {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64,
+             "max_position_embeddings": 512},
+    "distilbert": {"n_layers": 2, "n_heads": 2, "dim": 32, "hidden_dim": 64, "max_position_embeddings": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_scores_of_texts_of_all_lengths_are_those_of_each_alone(family: str) -> None:
+    model = {"family": family, "config": CLASSIFIERS[family], "tokenizer": {"vocab_size": 280}}
+    data = {"train": "rows.jsonl", "max_source_length": 450}
+    engine = load_engine(tiny_checkpoint("text-classification", model=model, data=data)[0])
+    draw = random.Random(7)
+    items = [
+        {"text": "".join(draw.choice("aeiou rstlnd,.") for _ in range(draw.randint(1, 400))) + "!"}
+        for _ in range(300)
+    ]
+    alone = [engine.answer([item])[0] for item in items]
+
+    async def batched() -> list[Any]:
+        running = ModelThread()
+        batcher = Batcher[Prepared, Any](running.start(engine), engine.limits)
+        prepared = [engine.prepare(item) for item in items]
+        assert all(isinstance(item, Prepared) for item in prepared)
+        answers = await asyncio.gather(
+            *(batcher.submit(item, num_tokens=item.num_tokens) for item in prepared if isinstance(item, Prepared))
+        )
+        await batcher.close()
+        running.close()
+        return answers
+
+    lengths = [item.num_tokens for item in map(engine.prepare, items) if isinstance(item, Prepared)]
+    assert min(lengths) < 10 and max(lengths) > 350
+    for together in (engine.answer(items), asyncio.run(batched())):
+        for one, other in zip(together, alone, strict=True):
+            assert not isinstance(one, ItemError) and not isinstance(other, ItemError)
             assert one["label"] == other["label"]
             assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
 

@@ -131,7 +131,7 @@ class ServeConfig(Section):
         1, description="Workers of one replica over which the layers are spread, as stages."
     )
     rank_timeout_s: PositiveFloat = Field(
-        8.0, description="Seconds after which a worker of a replica that does not answer counts as lost."
+        6.0, description="Seconds after which a worker of a replica that does not answer counts as lost."
     )
     bulk: BulkConfig = Field(default_factory=BulkConfig, description="Large requests, spread over all replicas.")
 
