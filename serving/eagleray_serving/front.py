@@ -25,7 +25,7 @@ from eagleray_serving.protection import Certificate
 from eagleray_serving.schema import error_body, headers_too_large, url_too_long
 
 DEFAULT_PORT = 8000
-LOOPBACK = "127.0.0.1"
+LOOPBACK = haproxy_launcher.LOOPBACK
 # Ports that replicas listen on; Serve tries the next one where a port is taken.
 NUM_REPLICA_PORTS = 200
 # Below the ports of outgoing connections, of which Ray makes hundreds while a server starts, and above those of
@@ -203,7 +203,9 @@ def environment(front: Front, folder: Path, limits: RequestLimits) -> dict[str, 
     timeout_s = round(limits.timeout_s) + SERVER_GRACE_S
     pem = None if front.certificate is None else _write_pem(front.certificate, sockets / "tls.pem")
     bulk_timeout_s = round(limits.bulk_timeout_s) + SERVER_GRACE_S
-    settings = Settings(str(front.binary), str(sockets), timeout_s, limits.max_header_bytes, bulk_timeout_s, pem)
+    settings = Settings(
+        str(front.binary), str(sockets), timeout_s, limits.max_header_bytes, bulk_timeout_s, pem, front.host
+    )
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(install_launcher(settings)),

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PR_SET_PDEATHSIG = 1
+LOOPBACK = "127.0.0.1"
+ALL_INTERFACES = ("0.0.0.0", "::")
 REQUEST_ID = "[A-Za-z0-9._:/+=-]{1,128}"
 # HAProxy's own errors, and what the rules below refuse.
 ERROR_STATUSES = (400, 408, 500, 502, 503, 504)
@@ -49,6 +51,8 @@ class Settings(NamedTuple):
         max_header_bytes: Largest request line and headers.
         bulk_timeout_s: Seconds that the application at `/` may be silent.
         pem: Certificate and private key in one file, where the front speaks TLS.
+        host: Address that the front listens on. Serve knows of loopback alone: it would open the ports of its
+            replicas on the same address.
     """
 
     binary: str
@@ -57,6 +61,7 @@ class Settings(NamedTuple):
     max_header_bytes: int
     bulk_timeout_s: int
     pem: str | None = None
+    host: str = LOOPBACK
 
 
 def frontend_rules(settings: Settings) -> list[str]:
@@ -95,7 +100,7 @@ def frontend_rules(settings: Settings) -> list[str]:
 def rewrite(config: str, settings: Settings) -> str:
     """Edit a configuration that Serve wrote.
 
-    - Statistics and metrics listen on loopback only.
+    - Statistics and metrics listen on loopback only, the front on the server's address, where it may speak TLS.
     - A request is sent on once it is here as a whole, so that it can be sent again when a replica dies.
     - A request that is too large for that goes to the application at `/`, which takes its time.
     - Every answer names its request; what is too large or too late, and every error that HAProxy has a file for,
@@ -120,13 +125,23 @@ def rewrite(config: str, settings: Settings) -> str:
         "option abortonclose",
         ["option http-buffer-request", f"timeout http-request {settings.request_timeout_s}s", *errors],
     )
-    if settings.pem is not None:
-        number = _find(lines, "bind ", "frontend http_frontend")
-        lines[number] += f" ssl crt {settings.pem} ssl-min-ver TLSv1.2 alpn http/1.1"
+    _open(lines, settings)
     _insert(lines, "bind ", frontend_rules(settings), after="frontend http_frontend")
     _insert(lines, "maxconn ", [f"tune.http.maxhdr {MAX_HEADERS}"], after="global")
     _send_large_requests(lines, settings.bulk_timeout_s)
     return "\n".join(lines) + "\n"
+
+
+def _open(lines: list[str], settings: Settings) -> None:
+    """Let the front listen where it is to, and always on loopback, where Serve looks for it."""
+    number = _find(lines, f"bind {LOOPBACK}:", "frontend http_frontend")
+    port = lines[number].rpartition(":")[2]
+    own = f"[{settings.host}]" if ":" in settings.host else settings.host
+    is_on_loopback = settings.host in (LOOPBACK, "localhost", *ALL_INTERFACES)
+    addresses = [own] if is_on_loopback else [LOOPBACK, own]
+    both = " v4v6" if settings.host == "::" else ""
+    tls = "" if settings.pem is None else f" ssl crt {settings.pem} ssl-min-ver TLSv1.2 alpn http/1.1"
+    lines[number : number + 1] = [f"    bind {address}:{port}{both}{tls}" for address in addresses]
 
 
 def _send_large_requests(lines: list[str], bulk_timeout_s: int) -> None:

@@ -18,7 +18,7 @@ from eagleray.config.loader import LoadedFile
 from eagleray.errors import ConfigError, EaglerayError, ServingError, UsageError
 from eagleray.resources import ResourceRequest
 from eagleray_serving.autoscaling import initial_replicas, num_ranks
-from eagleray_serving.front import Front, RequestLimits, choose_front, joined_environment
+from eagleray_serving.front import LOOPBACK, Front, RequestLimits, choose_front, joined_environment
 from eagleray_serving.home import Home, ServerRecord, own_record
 from eagleray_serving.plan import EDGE_APPLICATION, ModelPlan, prefixes
 from eagleray_serving.protection import (
@@ -320,8 +320,9 @@ def stop_there(record: ServerRecord, *, verbose: bool = False) -> None:
 def _deploy(plans: Sequence[ModelPlan], front: Front, ready_timeout_s: float, token_sha256: str) -> None:
     from eagleray_serving.launch import launch, start_serve
 
-    # HAProxy ends TLS itself; told of it, Serve's replicas would speak TLS to HAProxy as well.
-    start_serve(front.host, front.ports.http, {}, front.certificate if front.binary is None else None)
+    # HAProxy listens on the network and ends TLS by itself; told of it, Serve's replicas would do both as well.
+    host, certificate = (front.host, front.certificate) if front.binary is None else (LOOPBACK, None)
+    start_serve(host, front.ports.http, {}, certificate)
     launch(plans, None, token_sha256)
     _wait(plans, front.url, ready_timeout_s, front.certificate)
 

@@ -21,6 +21,7 @@ from serving_models import Command, commit, echo, family, wait_gone, write_file
 
 pytestmark = pytest.mark.slow
 FOLLOWED_WITHIN_S = 5.0
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,20 @@ def test_keys_hold_on_every_port_that_answers(server: Protected) -> None:
     # Both replicas, the edge, and the proxy that HAProxy falls back to; HAProxy's statistics know no such path.
     assert list(answers.values()).count(401) >= 4, answers
     assert 200 not in answers.values(), answers
+
+
+def test_the_front_alone_is_open_to_the_network(server: Protected) -> None:
+    def beyond_loopback() -> set[int]:
+        found: set[int] = set()
+        for process in family(server.pid):
+            with suppress(psutil.NoSuchProcess):
+                for each in process.net_connections("tcp"):
+                    if each.status == psutil.CONN_LISTEN and each.laddr.ip not in LOOPBACK:
+                        found.add(each.laddr.port)
+        return found
+
+    # HAProxy may be just being replaced.
+    _until(lambda: beyond_loopback() == {httpx.URL(server.url).port})
 
 
 def test_a_certificate_of_nobody_is_not_trusted(server: Protected) -> None:

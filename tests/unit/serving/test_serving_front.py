@@ -71,6 +71,7 @@ backend http-edge""",
 )
 SETTINGS = Settings("/bin/true", "/errors", 70, 16_384, 900)
 LIMITS = RequestLimits(60, 16_384, 900)
+TLS = "ssl-min-ver TLSv1.2 alpn http/1.1"
 
 
 def test_the_written_file_is_edited_in_every_place() -> None:
@@ -85,6 +86,22 @@ def test_the_written_file_is_edited_in_every_place() -> None:
     assert "errorfile 503 /errors/503.http" in lines and not any("/tmp/500.http" in line for line in lines)
     rules = [line for line in lines if line.startswith("http-request del-header")]
     assert rules and lines.index(rules[0]) == lines.index("bind 127.0.0.1:8000") + 1
+
+
+@pytest.mark.parametrize(
+    "host, pem, expected",
+    [
+        ("0.0.0.0", None, ["0.0.0.0:8000"]),
+        ("::", None, ["[::]:8000 v4v6"]),
+        ("192.0.2.7", None, ["127.0.0.1:8000", "192.0.2.7:8000"]),
+        ("::1", None, ["127.0.0.1:8000", "[::1]:8000"]),
+        ("192.0.2.7", "/k.pem", [f"{ip}:8000 ssl crt /k.pem {TLS}" for ip in ("127.0.0.1", "192.0.2.7")]),
+    ],
+)
+def test_the_front_alone_listens_where_the_server_is_to(host: str, pem: str | None, expected: list[str]) -> None:
+    lines = [line.strip() for line in rewrite(WRITTEN, SETTINGS._replace(host=host, pem=pem)).splitlines()]
+    found = [line.removeprefix("bind ") for line in lines if line.startswith("bind ")]
+    assert found == ["127.0.0.1:9101", *expected, "127.0.0.1:8404"]
 
 
 def test_what_the_front_could_not_send_twice_goes_to_the_edge_which_takes_its_time() -> None:
