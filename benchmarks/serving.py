@@ -1,10 +1,11 @@
-"""The way of a request beside its peers, one large request over replicas, and small ones beside a large one.
+"""The way of a request beside its peers, large requests with small ones beside them, and how replicas come.
 
-    python benchmarks/serving.py requests|bulk [--quick] [--write docs/benchmarks.md]
+    python benchmarks/serving.py requests|bulk|scaling [--quick] [--write docs/benchmarks.md]
 
 `requests`: the same no-op behind `eagleray serve`, behind what Ray Serve's documentation shows (an ingress, a
 batched deployment, the Python proxy), LitServe, and plain FastAPI. Each side is started alone; one round of all of
-them, then the next one in another order. `bulk`: a translator with one thread per replica.
+them, then the next one in another order. `bulk`: a translator with one thread per replica. `scaling`: a
+second replica of it, with the defaults of autoscaling.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,8 +27,18 @@ from pathlib import Path
 
 import httpx
 from http_load import Loaded, client_name, load
+from prometheus_client.parser import text_string_to_metric_families
 from results_page import describe_machine, write_section
-from serving_results import OURS, PATTERN, BulkRun, Replicas, report_bulk, report_requests
+from serving_results import (
+    OURS,
+    PATTERN,
+    BulkRun,
+    Replicas,
+    ScaledUp,
+    report_bulk,
+    report_requests,
+    report_scaling,
+)
 from serving_setup import commit, noop_file, sentences, serving, translation_file
 
 PEERS = Path(__file__).parent / "peers" / "served_noop.py"
@@ -37,6 +48,9 @@ BODY = b'{"inputs": [1.5]}'
 NUM_CONNECTIONS = 16
 START_TIMEOUT_S = 90.0
 ENGINES = ("auto", "torch")
+PARTS = ("requests", "bulk", "scaling")
+# Replicas tell the edge every two seconds what they did.
+REPORTED_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,74 @@ class Plan:
 
 
 QUICK = Plan(num_rounds=1, seconds=1.0, num_sentences=600, num_alone=20, num_beside=20)
+
+
+def measure_scaling(plan: Plan, translator: Path) -> list[ScaledUp]:
+    """Return how a second replica comes under load, per start of a server."""
+    runs = []
+    for number in range(plan.num_rounds):
+        with serving(translator, "serve.autoscaling_config.max_replicas=2", "serve.engine=torch") as url:
+            runs.append(scale_up(url, {"text": sentences(plan.num_sentences)}))
+        shown = f"wanted after {runs[-1].decided_s:.1f} s, answers {runs[-1].answering_s:.1f} s later"
+        print(f"round {number + 1}, a second replica: {shown}", file=sys.stderr, flush=True)
+    return runs
+
+
+def scale_up(url: str, body: Mapping[str, object]) -> ScaledUp:
+    """Ask a server that has one replica for more than that can do, until a second one answers."""
+    httpx.post(url + "/v1/translate", json={"text": sentences(64)}, timeout=600).raise_for_status()
+    time.sleep(REPORTED_S)
+    if count_answering(url) != 1:
+        raise RuntimeError(f"{count_answering(url)} replicas answer before the load begins")
+    with kept_busy(url + "/v1/translate", body, threading.Event()):
+        begin = time.perf_counter()
+        wait_until(lambda: wanted_replicas(url) > 1)
+        decided = time.perf_counter()
+        wait_until(lambda: count_answering(url) > 1)
+        return ScaledUp(decided - begin, time.perf_counter() - decided)
+
+
+def wanted_replicas(url: str) -> int:
+    """Return how many replicas autoscaling wants."""
+    (model,) = httpx.get(url + "/v1/models", timeout=60).raise_for_status().json()["models"]
+    decision = model["replicas"]["autoscaling"]
+    return 0 if decision is None else int(decision["wanted_replicas"])
+
+
+def count_answering(url: str) -> int:
+    """Return how many replicas say that they have answered."""
+    families = text_string_to_metric_families(httpx.get(url + "/metrics", timeout=60).raise_for_status().text)
+    return sum(
+        sample.name == "eagleray_batch_items_count" and sample.value > 0 and "model" in sample.labels
+        for family in families
+        for sample in family.samples
+    )
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Ask ten times a second until something holds."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no second replica within {START_TIMEOUT_S:g} s")
+        time.sleep(0.1)
+
+
+@contextmanager
+def kept_busy(route: str, body: Mapping[str, object], stop: threading.Event) -> Iterator[None]:
+    """Ask for large requests, one after the other."""
+
+    def ask_on() -> None:
+        while not stop.is_set():
+            httpx.post(route, json=body, timeout=900).raise_for_status()
+
+    asking = threading.Thread(target=ask_on)
+    asking.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        asking.join()
 
 
 def free_port() -> int:
@@ -195,24 +277,14 @@ def one_batch(route: str) -> float:
 def beside_bulk(route: str, body: Mapping[str, object], count: int) -> list[float]:
     """Return the milliseconds of small requests while large ones run, one after the other."""
     stop = threading.Event()
-
-    def keep_busy() -> None:
-        while not stop.is_set():
-            httpx.post(route, json=body, timeout=900).raise_for_status()
-
-    running = threading.Thread(target=keep_busy)
-    running.start()
-    time.sleep(0.5)
-    try:
+    with kept_busy(route, body, stop):
+        time.sleep(0.5)
         return interactive(route, count, stop)
-    finally:
-        stop.set()
-        running.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("requests", "bulk"), nargs="*", help="both by default")
+    parser.add_argument("what", choices=PARTS, nargs="*", help="all by default")
     parser.add_argument("--quick", action="store_true", help="one round of a second: a smoke run, no measurement")
     parser.add_argument("--rounds", type=int, help="rounds of all sides")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the sections of this document")
@@ -221,16 +293,19 @@ def main() -> None:
     plan = replace(plan, num_rounds=options.rounds or plan.num_rounds)
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="er-bench-", dir="/tmp") as folder:
-        if "requests" in options.what or not options.what:
+        parts = options.what or PARTS
+        if "requests" in parts:
             runs = measure_requests(plan, commit(noop_file(), Path(folder)))
             peers = [f"litserve {version('litserve')}"] if "LitServe" in runs else []
             text = report_requests(
                 runs, plan.num_rounds, plan.seconds, "; ".join([machine, *peers]), client_name()
             )
             show(text, "serving", options.write)
-        if "bulk" in options.what or not options.what:
-            translator = commit(translation_file(ray_actor_options={"num_cpus": 1}), Path(folder))
+        translator = commit(translation_file(ray_actor_options={"num_cpus": 1}), Path(folder))
+        if "bulk" in parts:
             show(report_bulk(measure_bulk(plan, translator), plan.num_sentences, machine), "bulk", options.write)
+        if "scaling" in parts:
+            show(report_scaling(measure_scaling(plan, translator), machine), "scaling", options.write)
 
 
 def show(text: str, section: str, path: Path | None) -> None:

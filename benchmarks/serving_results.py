@@ -14,6 +14,20 @@ PATTERN = "Ray Serve as documented"
 MIN_REQUESTS_PER_S = 1500
 MIN_TIMES_PATTERN = 5
 MIN_SPEEDUP = 1.85
+MAX_DECIDED_S, MAX_ANSWERING_S = 5, 20
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledUp:
+    """How a second replica came.
+
+    Attributes:
+        decided_s: From the beginning of the load to the decision.
+        answering_s: From the decision to the second replica's first answer, which it tells within two seconds.
+    """
+
+    decided_s: float
+    answering_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +143,17 @@ def report_bulk(runs: Mapping[Replicas, Sequence[BulkRun]], num_sentences: int, 
         "target",
     )
     return "\n\n".join([about, markdown_table(large, rows), markdown_table(headers, beside)])
+
+
+def report_scaling(runs: Sequence[ScaledUp], machine: str) -> str:
+    """Return the table of how a second replica comes."""
+    rows = [
+        (what, f"{median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}", f"<= {target}")
+        for what, found, target in (
+            ("until it is wanted", [run.decided_s for run in runs], MAX_DECIDED_S),
+            ("from then until it has answered", [run.answering_s for run in runs], MAX_ANSWERING_S),
+        )
+    ]
+    about = f"{machine}. Medians of {len(runs)} servers, each with one replica when the load begins."
+    headers = ("a second replica, seconds", "median", "fastest to slowest", "target")
+    return "\n\n".join([about, markdown_table(headers, rows)])

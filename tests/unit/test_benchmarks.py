@@ -10,7 +10,7 @@ import yaml
 from http_load import Loaded
 from results_page import markdown_table, replace_section, write_section
 from serving import require_right, require_whole
-from serving_results import BulkRun, Replicas, report_bulk, report_requests
+from serving_results import BulkRun, Replicas, ScaledUp, report_bulk, report_requests, report_scaling
 from serving_setup import commit, noop_file
 from training_results import (
     ONE,
@@ -67,7 +67,9 @@ def test_a_document_without_its_marks_is_refused(document: str) -> None:
         replace_section(document, "training", "new")
 
 
-@pytest.mark.parametrize("name", ["training", "layouts", "memory", "recomputation", "bubble", "serving", "bulk"])
+@pytest.mark.parametrize(
+    "name", ["training", "layouts", "memory", "recomputation", "bubble", "serving", "bulk", "scaling"]
+)
 def test_the_page_has_a_section_for_every_benchmark(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "benchmarks.md"
     copy.write_text(BENCHMARKS_PAGE.read_text())
@@ -157,6 +159,12 @@ def test_replicas_and_small_requests_beside_a_large_one_have_their_targets() -> 
     text = report_bulk(runs, 3000, "a machine")
     assert ["2 replicas", "360", "190 to 400", "1.90", ">= 1.85"] in cells(text)
     assert ["2 replicas", "100", "60", "102", "200", "< 260"] in cells(text)
+
+
+def test_a_second_replica_has_its_targets() -> None:
+    text = report_scaling([ScaledUp(2.0, 9.0), ScaledUp(4.0, 8.0), ScaledUp(3.0, 12.0)], "a machine")
+    assert ["until it is wanted", "3.0", "2.0 to 4.0", "<= 5"] in cells(text)
+    assert ["from then until it has answered", "9.0", "8.0 to 12.0", "<= 20"] in cells(text)
 
 
 FAILED_ITEM = {"error": {"code": "model_failed", "message": "the model failed on this item", "hint": None}}
