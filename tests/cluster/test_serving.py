@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -104,6 +105,34 @@ def test_a_translation_is_sent_while_it_grows(client: httpx.Client) -> None:
         *partial, done = [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
     assert json.loads(done)["translations"] == [whole]
     assert partial and all(whole["text"].startswith(json.loads(each)["text"]) for each in partial)
+
+
+def test_clients_of_other_services_and_people_are_answered_through_the_front(
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepl
+    import tritonclient.http as triton
+    from huggingface_hub import InferenceClient
+    from libretranslatepy import LibreTranslateAPI
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    text = "a text of the 11 July"
+    (expected,) = client.post("/v1/translate/en-de", json={"text": [text]}).json()["translations"]
+    german = expected["text"]
+    assert InferenceClient(model=f"{server.url}/models/en-de").translation(text).translation_text == german
+    assert str(deepl.DeepLClient("any", server_url=server.url).translate_text(text, target_lang="DE")) == german
+    assert LibreTranslateAPI(server.url).translate(text, "en", "de") == german
+    sent = triton.InferInput("text", [1], "BYTES")
+    sent.set_data_from_numpy(np.array([text.encode()], dtype=np.object_), binary_data=False)
+    wanted = [triton.InferRequestedOutput("translation", binary_data=False)]
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as inference:
+        found = inference.infer("en-de", [sent], outputs=wanted).as_numpy("translation")
+    assert [str(each) for each in found] == [german]
+    many = client.post("/models/en-de", json={"inputs": [text] * 300})  # all replicas answer it together
+    assert (many.status_code, many.headers["x-model-version"]) == (200, "en-de@r1-step-00000010")
+    assert [each["translation_text"] for each in many.json()] == [german] * 300
+    page = client.get("/", headers={"accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html") and "en-de" not in page.text
 
 
 def test_health_readiness_models_and_documents(client: httpx.Client) -> None:
