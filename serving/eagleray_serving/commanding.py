@@ -43,6 +43,26 @@ def served_names(record: ServerRecord) -> list[str]:
     return [ref.partition("@")[0] for ref in record.models]
 
 
+def divides_for(version: str) -> Callable[[dict[str, Any]], bool]:
+    """Return whether a view says that every replica gives a part of the requests to a canary."""
+
+    def holds(shown: dict[str, Any]) -> bool:
+        is_begun = bool(shown["canary"]) and shown["canary"]["version"] == version
+        return is_begun and shown["dividing"] == sum(shown["replicas"].values())
+
+    return holds
+
+
+def answers_alone(version: str) -> Callable[[dict[str, Any]], bool]:
+    """Return whether a view says that a version answers all requests on every replica."""
+
+    def holds(shown: dict[str, Any]) -> bool:
+        is_alone = not shown["canary"] and not shown["loading"] and not shown["dividing"]
+        return is_alone and shown["current"] == version and set(shown["replicas"]) == {version}
+
+    return holds
+
+
 class Commander:
     """Commands one running server.
 

@@ -109,6 +109,7 @@ class Follower:
             reason=self._reason,
             window=self._window or 0,
             figures=self._versions.figures(),
+            canary=None if split is None else split.canary,
         )
 
     def _count_anew(self, state: Rollout) -> None:

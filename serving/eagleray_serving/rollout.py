@@ -114,6 +114,7 @@ class Report:
         beat: Grows with every report.
         loaded: The versions that it holds.
         answering: The version that answers requests outside of a canary; None: they wait.
+        canary: The version that answers a part of them.
         trial: The attempt that `stage` is about.
         stage: How far it is with the candidate.
         reason: Why it refused it, or why it does not fit.
@@ -130,6 +131,7 @@ class Report:
     reason: str = ""
     window: int = 0
     figures: Mapping[str, Figures] = field(default_factory=dict)
+    canary: str | None = None
 
 
 def begin(state: Rollout, version: str, purpose: Purpose, now: float, *, percent: float = 0.0) -> Rollout:

@@ -40,16 +40,13 @@ def canary(
     verbose: VerboseOption = False,
 ) -> None:
     """Give a part of the requests to another version, by a hash of the request id, within every replica."""
+    from eagleray_serving.commanding import divides_for
+
     with reporting(json=json, verbose=verbose) as out:
         commander = _commander(name, server)
         version = commander.canary(name, ref, percent)
         out.note(f"{name}@{version} is being loaded beside the current version")
-
-        def answers(shown: dict[str, Any]) -> bool:
-            return bool(shown["canary"] and shown["canary"]["version"] == version)
-
-        shown = commander.wait(name, version, answers, timeout)
-        _show(out, name, shown)
+        _show(out, name, commander.wait(name, version, divides_for(version), timeout))
 
 
 def promote(
@@ -86,15 +83,12 @@ def _settle(
     change: Callable[[Commander], str], name: str, server: str | None, timeout_s: float, json: bool, verbose: bool
 ) -> None:
     """Change what is served, and wait until the version that follows answers all requests on every replica."""
+    from eagleray_serving.commanding import answers_alone
+
     with reporting(json=json, verbose=verbose) as out:
         commander = _commander(name, server)
         version = change(commander)
-
-        def answers(shown: dict[str, Any]) -> bool:
-            alone = not shown["canary"] and not shown["loading"]
-            return alone and shown["current"] == version and set(shown["replicas"]) == {version}
-
-        _show(out, name, commander.wait(name, version, answers, timeout_s))
+        _show(out, name, commander.wait(name, version, answers_alone(version), timeout_s))
 
 
 def _show(out: Output, name: str, shown: dict[str, Any]) -> None:

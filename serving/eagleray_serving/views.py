@@ -33,6 +33,7 @@ def view(
         "loading": None,
         "refused": None if state.refused is None else _event(state.refused),
         "replicas": dict(Counter(each.answering or "none" for each in reports)),
+        "dividing": sum(each.canary is not None for each in reports),
         "since": _time(state.since),
         "requests": {version: each.as_json() for version, each in sorted(figures_of(state, reports).items())},
         "events": [_event(event) for event in state.events[-NUM_SHOWN:]],

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving_models import Command, commit, echo, family, translation, wait_gone, wait_until, write_file
 
-from eagleray_serving.commanding import Commander
+from eagleray_serving.commanding import Commander, answers_alone, divides_for
 from eagleray_serving.home import Home
 from eagleray_serving.split import Split
 
@@ -278,7 +278,7 @@ def test_a_canary_answers_the_requests_of_its_ids_and_goes_back(server: Running,
     (record,) = home.records()
     commander, ids = Commander(home, record), [f"request-{number}" for number in range(30)]
     canary = commander.canary("own", "@latest", 50)
-    commander.wait("own", canary, lambda shown: shown["canary"] is not None, 60)
+    commander.wait("own", canary, divides_for(canary), 60)
     split = Split("r1-step-00000010", canary, 50)
     with httpx.Client(base_url=server.url, timeout=30) as client:
 
@@ -289,21 +289,11 @@ def test_a_canary_answers_the_requests_of_its_ids_and_goes_back(server: Running,
             return [answer.json()["version"] for answer in answers]
 
         expected = [split.choose(id) for id in ids]
-        assert wait_for(lambda: versions() == expected)  # every replica follows within about a second
         assert versions() == expected
         commander.roll_back("own")
-        commander.wait("own", split.current, lambda shown: shown["canary"] is None, 60)
-        assert wait_for(lambda: set(versions()) == {split.current})
+        commander.wait("own", split.current, answers_alone(split.current), 60)
+        assert set(versions()) == {split.current}
     assert commander.rollouts()["own"]["refused"]["reason"] == "rolled back"
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def test_a_port_in_use_is_said_in_seconds_and_starts_nothing(server: Running, models: Path) -> None:

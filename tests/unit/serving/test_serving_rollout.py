@@ -11,6 +11,7 @@ from eagleray.config.serving import RolloutConfig
 from eagleray.errors import UsageError
 from eagleray.store.registry import VersionInfo
 from eagleray_serving import rollout
+from eagleray_serving.commanding import answers_alone, divides_for
 from eagleray_serving.figures import Figures
 from eagleray_serving.rollout import Report, Rollout, Stage, decide
 from eagleray_serving.views import summary, view
@@ -209,6 +210,16 @@ def test_worse_goes_by_the_direction_of_the_score() -> None:
     found = rollout.worse(old, new, POLICY)
     assert found == "its loss is 1.1, that of v1 1; serve.rollout.max_score_drop is 0.05 of it"
     assert rollout.worse(new, old, POLICY) is None
+
+
+def test_a_change_is_done_once_the_last_replica_divides_or_no_longer_divides_requests() -> None:
+    state = begun_canary()
+    both = [replace(report("a", "ready"), canary="v2"), report("b", "ready")]
+    assert not divides_for("v2")(view(state, both))
+    assert divides_for("v2")(view(state, [both[0], replace(both[1], canary="v2")]))
+    back = rollout.roll_back(state, 9)
+    assert not answers_alone("v1")(view(back, both))
+    assert answers_alone("v1")(view(back, [replace(both[0], canary=None), both[1]]))
 
 
 def test_what_is_shown_names_versions_shares_figures_and_refusals() -> None:
