@@ -59,7 +59,7 @@ class Plan:
 
     num_rounds: int = 3
     seconds: float = 6.0
-    num_sentences: int = 9000
+    num_sentences: int = 6000
     num_alone: int = 200
     num_beside: int = 200
 
