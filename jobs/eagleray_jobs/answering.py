@@ -243,9 +243,6 @@ def _pool(
     check_group(checkpoint, serve)
     num_ranks = group_layout(serve).num_workers
     with connect(address, code=config.code, verbose=out.verbose, notify=out.note) as cluster:
-        import ray.data  # noqa: F401  # it brings a log handler of its own
-
-        cluster.quiet()
         yield ActorPool.of(config, cluster.nodes(), num_workers, num_ranks)
 
 

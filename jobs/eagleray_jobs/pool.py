@@ -74,13 +74,13 @@ class CheckpointLoader:
 
 @dataclass(frozen=True, slots=True)
 class ActorPool:
-    """Runs items on Ray Data's actors.
+    """Runs items on Ray actors.
 
     Attributes:
         max_workers: Actors at most.
         num_cpus: CPUs of one.
         num_gpus: GPUs of one.
-        num_ranks: Workers that one model lies on; they are no actors of Ray Data's.
+        num_ranks: Workers that one model lies on; they are actors of their own.
     """
 
     max_workers: int
@@ -115,10 +115,8 @@ class ActorPool:
 
     def __call__(self, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]) -> Iterator[Result]:
         """Yield the result of each item as soon as it is there."""
-        from eagleray_jobs.ray_map import map_on_actors
+        from eagleray_jobs.ray_unordered import map_unordered
 
         # What leads a group computes nothing: the ranks have the resources.
         num_cpus, num_gpus = (self.num_cpus, self.num_gpus) if self.num_ranks == 1 else (0, 0)
-        return map_on_actors(
-            make, items, max_workers=self.max_workers, num_cpus=num_cpus, num_gpus=num_gpus, in_order=False
-        )
+        return map_unordered(make, items, max_workers=self.max_workers, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -1,9 +1,10 @@
 """Answers to a whole file, in its order, by a pool of model actors.
 
 The input is cut into chunks by place. As soon as a chunk is answered it is kept as a part, under a name that the
-input, the version and the options decide. An interrupted run finds its parts again, and does only those chunks
-twice that were being answered: one of each actor. The output appears whole, at the end. Which rows are batched
-together depends on their place in the input alone, so that any number of actors writes the same bytes.
+input, the version and the options decide, and only then does its actor begin another one. A run that was killed
+finds its parts again: it does at most one chunk of each actor twice, until the output has appeared, whole, at the
+end. Which rows are batched together depends on their place in the input alone, so that any number of actors writes
+the same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A function on every item of a list, by a pool of Ray Data actors."""
+"""A function on every item of a list, by a pool of Ray Data actors, with the results in the order of the items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ MAX_DEATHS_IN_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Pool:
+class PoolSize:
+    """Actors at most, and the resources of one."""
+
     max_workers: int
     num_cpus: float
     num_gpus: float
@@ -31,9 +33,8 @@ def map_on_actors(
     max_workers: int,
     num_cpus: float = 1,
     num_gpus: float = 0,
-    in_order: bool = True,
 ) -> Iterator[Result]:
-    """Yield the result of each item as they come.
+    """Yield the result of each item, in order, as they come.
 
     When an actor dies, a new pool goes on with the items that have no result yet: the function must be pure.
 
@@ -43,37 +44,35 @@ def map_on_actors(
         max_workers: Actors at most.
         num_cpus: CPUs of one actor.
         num_gpus: GPUs of one actor.
-        in_order: Whether results keep the order of the items: then one that takes long holds others up.
 
     Raises:
         RunFailedError: Actors died again and again at the same place.
     """
     from ray.exceptions import ObjectLostError, RayActorError
 
-    pool = _Pool(max_workers, num_cpus, num_gpus)
-    left, num_deaths = dict(enumerate(items)), 0
-    while left:
+    pool = PoolSize(max_workers, num_cpus, num_gpus)
+    num_done, num_deaths = 0, 0
+    while num_done < len(items):
         try:
-            for index, result in _map_once(make, list(left.items()), pool, in_order):
-                num_deaths = 0
-                del left[index]
+            for result in _map_once(make, items[num_done:], pool):
+                num_done, num_deaths = num_done + 1, 0
                 yield result
         except (RayActorError, ObjectLostError) as error:
             num_deaths += 1
             if num_deaths == MAX_DEATHS_IN_A_ROW:
-                raise _dying(error, len(items) - len(left), len(items), pool) from error
+                raise dying(error, num_done, len(items), pool) from error
 
 
 def _map_once(
-    make: Callable[[], Callable[[Item], Result]], items: Sequence[tuple[int, Item]], pool: _Pool, in_order: bool
-) -> Iterator[tuple[int, Result]]:
+    make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], pool: PoolSize
+) -> Iterator[Result]:
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    rows = [{"index": index, "item": pickle.dumps(item)} for index, item in items]
+    rows = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
-    dataset.context.execution_options.preserve_order = in_order
+    dataset.context.execution_options.preserve_order = True
     results = _without_restarts(
         dataset.map_batches,
         _Mapped,
@@ -83,10 +82,8 @@ def _map_once(
         num_gpus=pool.num_gpus,
         compute=ActorPoolStrategy(min_size=1, max_size=max(1, min(pool.max_workers, len(rows)))),
     )
-    # Fetched ahead, each result would wait for the next one.
-    for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-        for index, result in zip(batch["index"].to_pylist(), batch["result"].to_pylist(), strict=True):
-            yield index, pickle.loads(result)
+    for row in results.iter_rows():
+        yield pickle.loads(row["result"])
 
 
 def _without_restarts(map_batches: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -103,7 +100,8 @@ def _without_restarts(map_batches: Callable[..., Any], *args: Any, **options: An
         return map_batches(*args, max_restarts=0, **options)
 
 
-def _dying(error: Exception, num_done: int, num_items: int, pool: _Pool) -> RunFailedError:
+def dying(error: Exception, num_done: int, num_items: int, pool: PoolSize) -> RunFailedError:
+    """Return the error of a pool whose actors die again and again."""
     return RunFailedError(
         f"{MAX_DEATHS_IN_A_ROW} workers in a row died after {num_done} of {num_items} pieces of work: {error}",
         "A worker that runs out of memory dies like this: give it less to do, or run fewer than "
@@ -117,6 +115,5 @@ class _Mapped:
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._function = make()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        results = [pickle.dumps(self._function(pickle.loads(item))) for item in batch["item"]]
-        return {"index": batch["index"], "result": results}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        return {"result": [pickle.dumps(self._function(pickle.loads(item))) for item in batch["item"]]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -100,9 +101,10 @@ def test_four_workers_that_go_on_where_two_were_stopped_write_byte_for_byte_what
     assert (stopped.status, stopped.value["error"]["code"]) == (143, "interrupted"), stopped.stderr
     assert f"kept in {tmp_path}/out-4.jsonl.parts: the same call goes on from there" in stopped.stderr
     assert not (tmp_path / "out-4.jsonl").exists()
+    num_kept = len(list(tmp_path.glob("out-4.jsonl.parts/*/*.json")))
     four = eagleray(ray_cluster, ray_environment, *call, 4)
     assert (one.num_rows, one.num_errors) == (four["num_rows"], four["num_errors"]) == (10_000, 0)
-    assert 0 < four["num_resumed"] < 10_000
+    assert four["num_resumed"] == 1000 * num_kept and 0 < num_kept < 10
     written = (tmp_path / "out-1.jsonl").read_bytes()
     assert written == (tmp_path / "out-4.jsonl").read_bytes()
     assert [json.loads(line)["source"] for line in written.split(b"\n") if line] == lines
@@ -122,9 +124,9 @@ def test_a_killed_prediction_does_only_those_chunks_twice_that_were_being_answer
     def kept() -> list[Path]:
         return list(tmp_path.glob("out.jsonl.parts/*/*.json"))
 
-    with CommandLine(ray_environment).start(*call, "--address", ray_cluster.address) as process:
+    with CommandLine(ray_environment).start(*call, "--address", ray_cluster.address, own_group=True) as process:
         await_condition(lambda: len(kept()) >= 5, process)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
     assert not (tmp_path / "out.jsonl").exists()
     begun, num_kept = notes.read_text().split(), len(kept())

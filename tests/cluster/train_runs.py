@@ -94,11 +94,16 @@ class CommandLine:
             return finish(process)
 
     @contextmanager
-    def start(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        """Start a call; it is ended with the context if it has not ended by itself."""
+    def start(self, *arguments: object, own_group: bool = False) -> Iterator[subprocess.Popen[str]]:
+        """Start a call, in a process group of its own if so; it ends with the context if not by itself."""
         command = [sys.executable, "-m", "eagleray.cli", *map(str, arguments), "--json"]
         process = subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=own_group,
         )
         with process:
             try:

@@ -128,16 +128,21 @@ def test_a_bad_line_of_text_leaves_an_empty_line(predictor: Predictor, tmp_path:
     assert report.num_errors == 2 and "in.txt:2: is not valid UTF-8" in report.errors[0]
 
 
+@pytest.mark.parametrize("reverses", [False, True])
 @pytest.mark.parametrize("dies_at", [0, 1, 2, 3])
-def test_an_interrupted_run_goes_on_where_it_was(predictor: Predictor, tmp_path: Path, dies_at: int) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(
+    predictor: Predictor, tmp_path: Path, dies_at: int, reverses: bool
+) -> None:
     predictor("in.txt", "whole.txt")
-    predictor.num_answered, predictor.dies_at = 0, dies_at
+    predictor.num_answered, predictor.dies_at, predictor.reverses = 0, dies_at, reverses
     with pytest.raises(KeyboardInterrupt):
         predictor("in.txt", "out.txt")
     assert not (tmp_path / "out.txt").exists()
     predictor.num_answered, predictor.dies_at = 0, None
     report = predictor("in.txt", "out.txt")
-    assert predictor.num_answered == 4 - dies_at and report.num_resumed == 4 * dies_at
+    # Chunks of four rows; the last one, which comes first in reverse, has three.
+    kept_rows = [3, 4, 4, 4] if reverses else [4, 4, 4, 3]
+    assert predictor.num_answered == 4 - dies_at and report.num_resumed == sum(kept_rows[:dies_at])
     assert (tmp_path / "out.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert not (tmp_path / "out.txt.parts").exists()
 
